@@ -1,0 +1,27 @@
+"""Hugging Face MoE models on qllm-ops: swap their experts, load them, make small ones.
+
+Importing this package registers the experts implementation "qllm" with transformers.
+"""
+
+from .checkpoint import CheckpointError, check_safetensors, load
+from .experts import Preemption, UnsupportedExpertsError, current_preemption, preemptible
+from .install import InstalledExperts, InstallReport, install, uninstall
+from .presets import PRESETS, Preset, make_preset, save_preset
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "InstallReport",
+    "InstalledExperts",
+    "Preemption",
+    "Preset",
+    "UnsupportedExpertsError",
+    "check_safetensors",
+    "current_preemption",
+    "install",
+    "load",
+    "make_preset",
+    "preemptible",
+    "save_preset",
+    "uninstall",
+]

@@ -1,0 +1,261 @@
+"""Swap the experts of a Hugging Face MoE model for :func:`qllm_ops.moe`, and back."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qllm_ops import MoeRun, PriorityFlag
+
+from .experts import (
+    NAME,
+    SETTINGS,
+    ExpertsLayout,
+    ExpertsSettings,
+    Preemption,
+    UnsupportedExpertsError,
+    experts_layout,
+    is_dispatched,
+    preemptible,
+    recorded_calls,
+)
+
+
+@dataclass(frozen=True)
+class InstalledExperts:
+    """One experts module: where it is in the model, its sizes, and how it is computed."""
+
+    name: str
+    class_name: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+
+
+@dataclass(frozen=True)
+class InstallReport:
+    """What `install` took. Printable; ``len()`` is the number of experts modules."""
+
+    model: str
+    modules: tuple[InstalledExperts, ...]
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self)} experts module{'s' if len(self) > 1 else ''} run by qllm-ops"]
+        lines += [
+            f"  {m.name}  {m.class_name}  E={m.num_experts} H={m.hidden_size} I={m.intermediate_size}"
+            f"  {m.activation}  {str(m.dtype).removeprefix('torch.')}  {m.device}  {m.backend}"
+            for m in self.modules
+        ]
+        return "\n".join(lines)
+
+
+_Configs = list[tuple[object, str | None]]
+_previous: weakref.WeakKeyDictionary[PreTrainedModel, _Configs] = weakref.WeakKeyDictionary()
+"""Per installed model, its configs and the experts implementation that each one named before."""
+
+
+def install(
+    model: PreTrainedModel, flag: PriorityFlag | None = None, priority: int = 0, *, backend: str = "auto"
+) -> InstallReport:
+    """Let :func:`qllm_ops.moe` compute every experts module of ``model``. All of them, or none.
+
+    Runs one forward pass over two tokens, to see that every module is really reached: transformers
+    accepts an experts implementation for some architectures and then never calls it. Installing
+    again changes the flag, priority and backend. A copy of the model keeps the experts, not the flag.
+
+    Args:
+        model: a Hugging Face model with its weights in memory, on one device.
+        flag: what pauses the experts; on the model's device. None: nothing, unless a thread says
+            otherwise with :func:`preemptible`.
+        priority: class of the model's work where no `preemptible` body says otherwise.
+        backend: as in :func:`qllm_ops.moe`.
+
+    Raises:
+        ValueError: there are no MoE experts in the model, or an argument does not fit it.
+        UnsupportedExpertsError: experts that would be computed wrongly or never reached; names them.
+        RuntimeError: the forward pass over two tokens failed.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    experts = find_experts(model)
+    modules = tuple(
+        _describe(name, module, layout, flag, priority, backend) for name, module, layout in experts
+    )
+    settings = ExpertsSettings(Preemption(flag, priority), backend)
+
+    before = {module: SETTINGS.get(module) for _, module, _ in experts}
+    configs = _experts_implementations(model)
+    try:
+        model.set_experts_implementation(NAME)
+        SETTINGS.update({module: settings for _, module, _ in experts})
+        _prove_reached(model, experts)
+    except BaseException:
+        _restore(configs)
+        for module, old in before.items():
+            SETTINGS.pop(module, None)
+            if old is not None:
+                SETTINGS[module] = old
+        raise
+    if model not in _previous:
+        _previous[model] = [(config, _before_any_install(config, name)) for config, name in configs]
+    return InstallReport(type(model).__name__, modules)
+
+
+def uninstall(model: PreTrainedModel) -> bool:
+    """Give ``model`` back the experts implementation it had; False if nothing was installed.
+
+    A config that another installed model shares is left as it is until that one is uninstalled too.
+    """
+    configs = _previous.pop(model, None)
+    if configs is None:
+        return False
+    for module in model.modules():
+        SETTINGS.pop(module, None)
+    in_use = {id(config) for others in _previous.values() for config, _ in others}
+    _restore([(config, name) for config, name in configs if id(config) not in in_use])
+    return True
+
+
+def find_experts(model: nn.Module) -> list[tuple[str, nn.Module, ExpertsLayout]]:
+    """Name, module and layout of every experts module in ``model``, weights in memory or not.
+
+    Raises:
+        ValueError: there is none.
+        UnsupportedExpertsError: there is one that `moe` does not compute; lists all of them.
+    """
+    found, refused, outer = [], {}, None
+    for name, module in model.named_modules():
+        if outer is not None and name.startswith(outer + "."):
+            continue
+        if not is_dispatched(module) and not _looks_like_experts(module):
+            continue
+        outer = name
+        try:
+            found.append((name, module, experts_layout(module)))
+        except UnsupportedExpertsError as error:
+            refused.setdefault((type(module).__name__, error.reasons), []).append(name)
+    if refused:
+        lines = [
+            f"  {class_name}: {'; '.join(reasons)} ({_some(names)})"
+            for (class_name, reasons), names in refused.items()
+        ]
+        raise UnsupportedExpertsError(
+            f"{type(model).__name__} has experts that qllm-ops does not support:\n" + "\n".join(lines),
+            tuple(reason for _, reasons in refused for reason in reasons),
+        )
+    if not found:
+        raise ValueError(f"model {type(model).__name__} has no MoE experts module")
+    return found
+
+
+def _looks_like_experts(module: nn.Module) -> bool:
+    """Routed experts outside transformers' experts interface, such as Llama4TextExperts.
+
+    Shared experts are ordinary MLPs beside the routed ones, and stay as they are.
+    """
+    name = type(module).__name__
+    if "Expert" not in name or "Shared" in name or next(module.parameters(), None) is None:
+        return False
+    return not any(is_dispatched(inner) for inner in module.modules())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _describe(
+    name: str,
+    module: nn.Module,
+    layout: ExpertsLayout,
+    flag: PriorityFlag | None,
+    priority: int,
+    backend: str,
+) -> InstalledExperts:
+    down = module.down_proj
+    if down.is_meta:
+        raise ValueError(f"{name} has no weights in memory (meta device); load the model on one device first")
+    num_experts, hidden_size, intermediate_size = down.shape
+    # A run over no tokens: the operator itself says whether it takes these weights, flag and backend.
+    try:
+        run = MoeRun(
+            down.new_empty(0, hidden_size),
+            module.gate_up_proj,
+            down,
+            torch.empty(0, 1, dtype=torch.int64, device=down.device),
+            down.new_empty(0, 1),
+            activation=layout.activation,
+            flag=flag,
+            priority=priority,
+            backend=backend,
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return InstalledExperts(
+        name,
+        type(module).__name__,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        layout.activation,
+        down.dtype,
+        down.device,
+        run.backend,
+    )
+
+
+def _prove_reached(model: PreTrainedModel, experts: list[tuple[str, nn.Module, ExpertsLayout]]) -> None:
+    """Run the model over two tokens and see that each experts module asks for our function."""
+    device = model.get_input_embeddings().weight.device
+    generators = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(generators), preemptible(None), recorded_calls() as calls:
+            model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+    except Exception as error:
+        raise RuntimeError(
+            f"{type(model).__name__} failed on a forward pass over two tokens, nothing was installed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    missed = [name for name, module, _ in experts if id(module) not in calls]
+    if missed:
+        raise UnsupportedExpertsError(
+            f"a forward pass of {type(model).__name__} never reaches {len(missed)} of its {len(experts)} "
+            f"experts modules through transformers' experts interface: {_some(missed)}"
+        )
+
+
+# -- the configs, where transformers keeps the choice ------------------------------------------------
+
+
+def _experts_implementations(model: nn.Module) -> _Configs:
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    return [
+        (config, config._experts_implementation)
+        for config in configs.values()
+        if hasattr(config, "_experts_implementation")
+    ]
+
+
+def _before_any_install(config: object, name: str | None) -> str | None:
+    """The implementation named before the first install, where models share a config."""
+    for others in _previous.values():
+        for other, before in others:
+            if other is config:
+                return before
+    return name
+
+
+def _restore(configs: _Configs) -> None:
+    for config, name in configs:
+        # The public setter would also overwrite the sub-configs, which have an entry of their own.
+        config._experts_implementation_internal = name

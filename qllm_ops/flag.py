@@ -1,0 +1,270 @@
+"""The priority flag: one 32-bit word per class that says how many programs the class may run.
+
+    0            paused: programs leave at the next tile
+    n > 0        the first n programs of a launch may take tiles, the others leave
+    FULL         every program may run
+
+The word lies where the computation can see it: in device memory for the Triton kernels, in
+ordinary memory for the CPU. Only the host writes it, and every write of one flag goes through
+one lock and, on a GPU, one stream, so that an earlier resume can never overtake a later pause.
+
+A pause belongs to an owner and has a deadline. A class runs again when its last owner has let
+go or run out of time: being resumed early costs latency, being paused for ever loses work.
+Whoever waits at the flag or steps a run looks at the deadlines too, so no watchdog thread is
+needed for a host that waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+
+FULL = 2**31 - 1
+"""Value of a class that may run on every program."""
+
+PAUSE_TIMEOUT_S = 60.0
+"""Deadline of a pause whose owner names none, in seconds."""
+
+Event = Callable[[str, int, float], None]
+
+
+class PriorityFlag:
+    """How many programs each priority class may run, readable from inside a kernel.
+
+    Args:
+        device: where the words live: "cpu" or a CUDA device.
+        classes: number of priority classes. A higher number is more urgent. Every class starts FULL.
+        clock: monotonic time in seconds. Replaceable so that deadlines can be tested.
+        on_event: called as ``on_event(kind, priority, time)`` under the flag's lock, so it must be
+            quick and must not call back. Kinds: "pause" and "resume" (the class stopped or started
+            being paused), "expire" (a pause ended by its deadline), "park" and "unpark" (a thread
+            stands still in :meth:`wait`).
+        writer: how a word in CUDA memory is written: "stream" (``cuStreamWriteValue32`` through
+            cuda-bindings), "copy" (a copy from pinned memory), or None for the first that works.
+            Neither needs a free multiprocessor, which a kernel such as ``fill_`` would.
+
+    Attributes:
+        words: int32 tensor of shape (classes,) on ``device``; what kernels poll. Read only.
+        expired: number of pauses that were ended by their deadline.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        classes: int = 2,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_event: Event | None = None,
+        writer: str | None = None,
+    ):
+        if not isinstance(classes, int) or classes < 1:
+            raise ValueError(f"classes must be a positive integer, got {classes!r}")
+        self.device = torch.device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be a CPU or a CUDA device, got {self.device}")
+        self.words = torch.full((classes,), FULL, dtype=torch.int32, device=self.device)
+        self.expired = 0
+        self._clock = clock
+        self._on_event = on_event or (lambda kind, priority, now: None)
+        self._quota = [FULL] * classes
+        self._owners: list[dict[Hashable, float | None]] = [{} for _ in range(classes)]
+        self._changed = threading.Condition()
+        if self.device.type == "cuda":
+            self._write_word = _CudaWriter(self.words, writer)
+        elif writer is not None:
+            raise ValueError(f"writer={writer!r} is for CUDA flags; this one is on {self.device}")
+        else:
+            self._write_word = self.words.__setitem__
+
+    @property
+    def classes(self) -> int:
+        return len(self._quota)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def pause(
+        self, priority: int, owner: Hashable = None, *, timeout_s: float | None = PAUSE_TIMEOUT_S
+    ) -> None:
+        """Pause class ``priority`` on behalf of ``owner``.
+
+        Pausing again with the same owner only moves the deadline. ``timeout_s`` is the time after
+        which the pause ends by itself, in seconds; None means never.
+        """
+        c = self._check(priority)
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive or None, got {timeout_s!r}")
+        with self._changed:
+            now = self._clock()
+            self._expire(now)
+            running = not self._owners[c]
+            self._owners[c][owner] = None if timeout_s is None else now + timeout_s
+            if running:
+                self._publish(c)
+                self._on_event("pause", c, now)
+            else:
+                # A waiter may be asleep until the old deadline; let it look at the new one.
+                self._changed.notify_all()
+
+    def resume(self, priority: int, owner: Hashable = None) -> bool:
+        """Let go of ``owner``'s pause of class ``priority``; True if the class may run now.
+
+        Letting go of a pause that is not held (it may have expired) changes nothing.
+        """
+        c = self._check(priority)
+        with self._changed:
+            now = self._clock()
+            self._expire(now)
+            if owner in self._owners[c]:
+                del self._owners[c][owner]
+                self._resumed(c, now)
+            return not self._owners[c]
+
+    def share(self, priority: int, programs: int) -> None:
+        """Let class ``priority`` run on ``programs`` programs per launch (FULL for all).
+
+        A pause goes before a share: while the class is paused this only sets what it gets later.
+        """
+        c = self._check(priority)
+        if not isinstance(programs, int) or isinstance(programs, bool) or not 1 <= programs <= FULL:
+            raise ValueError(f"programs must be an integer from 1 to FULL, got {programs!r}; use pause() for 0")
+        with self._changed:
+            self._quota[c] = programs
+            self._publish(c)
+
+    @contextlib.contextmanager
+    def urgent(self, priority: int, *, timeout_s: float | None = PAUSE_TIMEOUT_S) -> Iterator[None]:
+        """Pause every class below ``priority`` for the body, whatever way the body ends."""
+        c = self._check(priority)
+        owner = object()
+        try:
+            for lower in range(c):
+                self.pause(lower, owner, timeout_s=timeout_s)
+            yield
+        finally:
+            for lower in range(c):
+                self.resume(lower, owner)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def read(self) -> tuple[int, ...]:
+        """The value last written for each class, without asking the device."""
+        with self._changed:
+            self._expire(self._clock())
+            return tuple(self._value(c) for c in range(self.classes))
+
+    def paused(self, priority: int) -> bool:
+        """Whether class ``priority`` is paused."""
+        return self.read()[self._check(priority)] == 0
+
+    def wait(self, priority: int, timeout_s: float | None = None) -> bool:
+        """Stand still while class ``priority`` is paused: the host gate.
+
+        Returns True once the class may run, False if ``timeout_s`` seconds went by first. A thread
+        that waits here also enforces the deadlines, so it cannot be kept for ever by an owner that
+        died.
+        """
+        c = self._check(priority)
+        with self._changed:
+            now = self._clock()
+            self._expire(now)
+            if not self._owners[c]:
+                return True
+            give_up = None if timeout_s is None else now + timeout_s
+            self._on_event("park", c, now)
+            try:
+                while self._owners[c]:
+                    wake = min(
+                        (t for t in (give_up, *self._owners[c].values()) if t is not None), default=None
+                    )
+                    if give_up is not None and now >= give_up:
+                        return False
+                    # The clock may be a test's: never sleep long on a deadline it alone decides.
+                    self._changed.wait(None if wake is None else min(max(wake - now, 0.0005), 1.0))
+                    now = self._clock()
+                    self._expire(now)
+                return True
+            finally:
+                self._on_event("unpark", c, self._clock())
+
+    def expire(self) -> int:
+        """End every pause that is past its deadline; how many there were."""
+        with self._changed:
+            return self._expire(self._clock())
+
+    # -- inside the lock -------------------------------------------------------------------------
+
+    def _value(self, c: int) -> int:
+        return 0 if self._owners[c] else self._quota[c]
+
+    def _publish(self, c: int) -> None:
+        self._write_word(c, self._value(c))
+        self._changed.notify_all()
+
+    def _resumed(self, c: int, now: float) -> None:
+        if not self._owners[c]:
+            self._publish(c)
+            self._on_event("resume", c, now)
+
+    def _expire(self, now: float) -> int:
+        count = 0
+        for c, owners in enumerate(self._owners):
+            late = [owner for owner, deadline in owners.items() if deadline is not None and now >= deadline]
+            for owner in late:
+                del owners[owner]
+                self._on_event("expire", c, now)
+            if late:
+                self._resumed(c, now)
+            count += len(late)
+        self.expired += count
+        return count
+
+    def _check(self, priority: int) -> int:
+        if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority < self.classes:
+            raise ValueError(f"priority must be an integer from 0 to {self.classes - 1}, got {priority!r}")
+        return priority
+
+
+class _CudaWriter:
+    """Writes words of a CUDA tensor from the host, all on one stream and without a kernel."""
+
+    def __init__(self, words: torch.Tensor, kind: str | None):
+        if kind not in (None, "stream", "copy"):
+            raise ValueError(f'writer must be "stream", "copy" or None, got {kind!r}')
+        self.words = words
+        # Its own stream: a pause must not queue behind work that the caller has enqueued.
+        _, most_urgent = torch.cuda.Stream.priority_range()
+        self.stream = torch.cuda.Stream(device=words.device, priority=most_urgent)
+        self.stream.wait_stream(torch.cuda.current_stream(words.device))
+        self.pinned: dict[int, torch.Tensor] = {}
+        self.driver: Any = None
+        if kind != "copy":
+            try:
+                from cuda.bindings import driver
+
+                self.driver = driver
+                self(0, FULL)
+                self.stream.synchronize()
+            except Exception as error:
+                self.driver = None
+                if kind == "stream":
+                    raise ValueError(f'writer="stream" does not work here: {error}') from error
+        self.kind = "copy" if self.driver is None else "stream"
+
+    def __call__(self, c: int, value: int) -> None:
+        if self.driver is not None:
+            (status,) = self.driver.cuStreamWriteValue32(
+                self.driver.CUstream(self.stream.cuda_stream), self.words.data_ptr() + 4 * c, value, 0
+            )
+            if int(status) != 0:
+                raise RuntimeError(f"cuStreamWriteValue32 failed: {status}")
+            return
+        # One pinned word per value, never overwritten: a copy in flight always reads what was meant.
+        if value not in self.pinned:
+            self.pinned[value] = torch.tensor([value], dtype=torch.int32).pin_memory()
+        with torch.cuda.stream(self.stream):
+            self.words[c : c + 1].copy_(self.pinned[value], non_blocking=True)

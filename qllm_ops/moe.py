@@ -1,0 +1,226 @@
+"""The MoE layer as an operator that can be left at the next tile and taken up again."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qllm_ops.flag import PriorityFlag
+from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
+from qllm_ops.torch_moe import TorchMoe
+
+__all__ = ["ACTIVATIONS", "MoeRun", "moe", "moe_reference"]
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def moe(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    activation: str = "silu",
+    flag: PriorityFlag | None = None,
+    priority: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Run the experts of one Mixture-of-Experts layer to completion, waiting while paused.
+
+    For every token t, with ``gate, up = gate_up_proj[e] @ hidden_states[t]`` for e = top_k_index[t, k]::
+
+        output[t] = sum over k of top_k_weights[t, k] * (down_proj[e] @ (activation(gate) * up))
+
+    The sum over k is taken in increasing k, in float32, and rounded once. No argument is changed and
+    no gradient is recorded.
+
+    Args:
+        hidden_states: (T, H), float32, bfloat16 or float16. T may be 0.
+        gate_up_proj: (E, 2I, H), contiguous, dtype of hidden_states. The first I rows are the gate's.
+        down_proj: (E, H, I), contiguous, dtype of hidden_states.
+        top_k_index: (T, K), any integer dtype. A value outside [0, E) means "not here": skipped.
+        top_k_weights: (T, K), any floating-point dtype.
+        activation: "silu", "gelu" (error function) or "gelu_tanh".
+        flag: whose word for ``priority`` pauses the layer between tiles; None for never.
+        priority: class of this work, 0 to flag.classes - 1.
+        backend: "torch" (any device), "triton" (CUDA; CPU only under TRITON_INTERPRET=1), or "auto":
+            triton for CUDA tensors where it is installed, else torch.
+
+    Returns:
+        (T, H) in the dtype of hidden_states. Its bits do not depend on any pause.
+
+    Raises:
+        TypeError, ValueError: an argument is refused; the message names it.
+    """
+    inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+    check_flag(flag, priority, inputs.hidden_states.device)
+    layer = _backend_class(_choose(backend, inputs))(inputs, flag, priority)
+    if flag is None and hasattr(layer, "launch_all"):
+        layer.launch_all()
+    else:
+        while not layer.step(None):
+            flag.wait(priority)
+    return layer.output
+
+
+class MoeRun:
+    """One MoE layer with its progress: it can be stepped, left, and stepped again.
+
+    Takes the arguments of :func:`moe`. The tensors are read at every step, so they must not be
+    changed before the run is done. Steps may come from different threads, but one at a time.
+
+    A step that raises leaves the run dead: what it had computed so far cannot be trusted on every
+    device, so later steps raise RuntimeError and the output stays out of reach.
+
+    Attributes:
+        backend: "torch" or "triton".
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        activation: str = "silu",
+        flag: PriorityFlag | None = None,
+        priority: int = 0,
+        backend: str = "auto",
+    ):
+        inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+        check_flag(flag, priority, inputs.hidden_states.device)
+        self.backend = _choose(backend, inputs)
+        # Buffers made in inference mode could not be written by a step from outside of it.
+        with torch.inference_mode(False):
+            self._layer = _backend_class(self.backend)(inputs, flag, priority)
+        self._stepping = threading.Lock()
+        self._error: BaseException | None = None
+
+    def step(self, max_tiles: int | None = None) -> bool:
+        """Compute until every tile is done, ``max_tiles`` more are done, or the class is paused.
+
+        Deadlines of the flag are looked at first. A step of a paused class does nothing. Waits for the
+        device.
+
+        Returns:
+            True when every tile is done, False if the step left early.
+        """
+        if max_tiles is not None and (
+            not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1
+        ):
+            raise ValueError(f"max_tiles must be a positive integer or None, got {max_tiles!r}")
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("another thread is inside step(); a run takes one step at a time")
+        try:
+            if self._error is not None:
+                raise RuntimeError("an earlier step of this run failed; make a new run") from self._error
+            try:
+                return self._layer.step(max_tiles)
+            except BaseException as error:
+                self._error = error
+                raise
+        finally:
+            self._stepping.release()
+
+    @property
+    def tiles_done(self) -> int:
+        return self._layer.tiles_done
+
+    @property
+    def tiles_taken(self) -> int:
+        """Tiles that were started. Between steps equal to tiles_done: nothing is thrown away."""
+        return self._layer.tiles_taken
+
+    @property
+    def tiles_total(self) -> int:
+        return self._layer.tiles_total
+
+    @property
+    def done(self) -> bool:
+        return self._error is None and self.tiles_done == self.tiles_total
+
+    @property
+    def output(self) -> Tensor:
+        """(T, H) in the dtype of hidden_states. Raises RuntimeError until the run is done."""
+        if self._error is not None:
+            raise RuntimeError("a step of this run failed; it has no output") from self._error
+        if not self.done:
+            raise RuntimeError(f"the run is not done: {self.tiles_done} of {self.tiles_total} tiles")
+        return self._layer.output
+
+
+def moe_reference(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    activation: str = "silu",
+) -> Tensor:
+    """The same as :func:`moe`, one token and one expert at a time in float32. Slow, to check by eye."""
+    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    with torch.no_grad():
+        for t, k in torch.cartesian_prod(*(torch.arange(n) for n in top_k_index.shape)).tolist():
+            expert = int(top_k_index[t, k])
+            if 0 <= expert < gate_up_proj.shape[0]:
+                gate, up = (gate_up_proj[expert].float() @ hidden_states[t].float()).chunk(2)
+                output[t] += top_k_weights[t, k].float() * (down_proj[expert].float() @ (act(gate) * up))
+    return output.to(hidden_states.dtype)
+
+
+def check_flag(flag: PriorityFlag | None, priority: int, device: torch.device) -> None:
+    """Refuse a flag that this work cannot poll."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
+        raise ValueError(f"priority must be an integer of at least 0, got {priority!r}")
+    if flag is None:
+        return
+    if not isinstance(flag, PriorityFlag):
+        raise TypeError(f"flag must be a PriorityFlag or None, got {type(flag).__name__}")
+    if priority >= flag.classes:
+        raise ValueError(f"priority must be an integer from 0 to {flag.classes - 1}, got {priority!r}")
+    if flag.words.device != device:
+        raise ValueError(
+            f"flag is on {flag.words.device}, but hidden_states is on {device}; "
+            "make the flag on the device where the layer runs"
+        )
+
+
+def _choose(backend: str, inputs: MoeInputs) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    on_gpu = inputs.hidden_states.device.type == "cuda"
+    if backend == "auto":
+        return "triton" if on_gpu and _triton_installed() else "torch"
+    if backend == "triton":
+        if not _triton_installed():
+            raise ValueError('backend="triton" needs the package triton, which is not installed')
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f'backend="triton" needs CUDA tensors, got {inputs.hidden_states.device}; on a CPU it works '
+                "only in Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
+            )
+    return backend
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _backend_class(backend: str) -> Any:
+    if backend == "torch":
+        return TorchMoe
+    from qllm_ops.triton_moe import TritonMoe  # here, because triton is missing on some systems
+
+    return TritonMoe

@@ -1,0 +1,356 @@
+"""The scheduler: requests, queues, KV memory and pauses as a state machine.
+
+No threads, no tensors, no sleeping: whoever drives it says when a lane is free and what came of its
+batch, and the clock is an argument. The engine drives it with two threads and a model, the tests
+with a virtual clock and a seeded random source. The driver must not call it from two threads at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from qllm_ops import PriorityFlag
+from qllm_ops.scheduler.kv import KVBudget
+from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Plan, Policy, View, get_policy
+from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may use. Token counts, rows, seconds.
+
+    Args:
+        kv_tokens: KV memory, in tokens, shared by all requests.
+        kv_reserve: the part of it that best-effort requests may not take.
+        max_batch: rows of a decode batch.
+        prefill_tokens: tokens of a prefill iteration; longer prompts go in chunks of this size.
+        top_up_tokens: best-effort prompt tokens that may ride in an urgent prefill iteration. Each
+            delays the urgent ones where prefill is bound by arithmetic, hence 0.
+        be_floor: share of the time in which urgent and best-effort work compete that is given to
+            best-effort work, 0 to below 1.
+        be_slice_s: in slices of this length, seconds.
+        aging_s: age at which a best-effort request counts as urgent; None: never.
+        pause_timeout_s: deadline of a pause. Renewed by every urgent iteration, so it ends only the
+            pauses of a lane that hangs or died.
+    """
+
+    kv_tokens: int = 32768
+    kv_reserve: int = 4096
+    max_batch: int = 8
+    prefill_tokens: int = 2048
+    top_up_tokens: int = 0
+    be_floor: float = 0.05
+    be_slice_s: float = 0.05
+    aging_s: float | None = None
+    pause_timeout_s: float = 30.0
+
+    def __post_init__(self):
+        for name in ("max_batch", "prefill_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.top_up_tokens, int) or self.top_up_tokens < 0:
+            raise ValueError(f"top_up_tokens must be an integer of 0 or more, got {self.top_up_tokens!r}")
+        if not 0 <= self.be_floor < 1:
+            raise ValueError(f"be_floor must be from 0 to below 1, got {self.be_floor!r}")
+        for name in ("be_slice_s", "pause_timeout_s", "aging_s"):
+            value = getattr(self, name)
+            if not (name == "aging_s" and value is None) and not (value is not None and value > 0):
+                raise ValueError(f"{name} must be positive, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request's part of an iteration: ``tokens`` go in at position ``start``."""
+
+    request: Request
+    start: int
+    tokens: list[int]
+    samples: bool  # whether the row's last logits yield a token (not so for a chunk of a prompt)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One iteration of one lane."""
+
+    id: int
+    lane: str
+    kind: str
+    rows: tuple[Row, ...]
+    started_s: float
+
+    @property
+    def urgent(self) -> bool:
+        return any(row.request.priority >= LS for row in self.rows)
+
+
+Outcome = tuple[int, float] | BaseException | None
+"""What a row came to: (token, margin), an error of that row alone, or None where nothing is sampled."""
+
+
+class Scheduler:
+    """Decides what runs and what is paused; see the module's docstring for how it is driven.
+
+    The driver's loop, per lane: ``next(lane)``; run the batch; ``complete(batch, outcomes)`` or
+    ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed, or at
+    ``wake_s`` if that is set.
+    """
+
+    def __init__(
+        self,
+        policy: str | Policy,
+        limits: Limits | None = None,
+        *,
+        flag: PriorityFlag | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.policy = get_policy(policy)
+        self.limits = limits or Limits()
+        self.clock = clock
+        self.flag = flag or PriorityFlag(clock=clock)
+        self.kv = KVBudget(self.limits.kv_tokens, self.limits.kv_reserve)
+        self.requests: list[Request] = []  # the open ones, by arrival
+        self.running: dict[str, Batch] = {}
+        self.wake_s: float | None = None
+        self._batches = 0
+        self._owed_s = 0.0  # best-effort time that the floor owes
+        self._slice_until: float | None = None
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. A ValueError says what is wrong with it; nothing else is affected."""
+        if not request.prompt:
+            raise ValueError(f"request {request.id!r}: prompt must hold at least one token")
+        if request.max_new_tokens < 1:
+            raise ValueError(
+                f"request {request.id!r}: max_new_tokens must be at least 1, got {request.max_new_tokens}"
+            )
+        if not 0 <= request.priority < self.flag.classes:
+            raise ValueError(
+                f"request {request.id!r}: priority must be from 0 to {self.flag.classes - 1}, "
+                f"got {request.priority}"
+            )
+        limit = self.kv.limit(urgent=request.priority >= LS)
+        if request.kv_tokens > limit:
+            raise ValueError(
+                f"request {request.id!r}: {len(request.prompt)} prompt + {request.max_new_tokens} new tokens "
+                f"need {request.kv_tokens} tokens of KV memory; its class can have {limit} "
+                f"(kv_tokens={self.kv.tokens}, kv_reserve={self.kv.reserve})"
+            )
+        if any(r.id == request.id for r in self.requests):
+            raise ValueError(f"request id {request.id!r} is in use by an open request")
+        self.requests.append(request)
+        self.requests.sort(key=lambda r: r.arrival_s)
+
+    def cancel(self, request: Request) -> None:
+        """End a request. One that is part of an iteration ends with that iteration."""
+        if not request.open:
+            return
+        request.cancelled = True
+        if not request.in_flight:
+            self._end(request, State.CANCELLED)
+
+    # -- lanes -----------------------------------------------------------------------------------
+
+    def next(self, lane: str) -> Batch | None:
+        """The batch that ``lane`` should run now; lower classes are paused as the policy wants."""
+        if lane in self.running:
+            raise RuntimeError(f"the {lane} lane has not ended its batch yet")
+        if lane not in self.policy.lanes:
+            return None
+        if lane == BACKGROUND and self.flag.paused(BE):
+            return None
+        if lane == FOREGROUND:
+            self.wake_s = None
+        view = self._view()
+        plan = self.policy.next_batch(lane, view)
+        preempts = lane == FOREGROUND and self.policy.granularity is not None
+        if preempts and plan is not None and self._owes_a_slice():
+            plan = None
+        rows = self._rows(plan) if plan else []
+        if not rows:
+            if preempts:
+                self.release()
+            return None
+        self._batches += 1
+        batch = Batch(self._batches, lane, plan.kind, tuple(rows), self.clock())
+        for row in rows:
+            row.request.state = State.RUNNING
+            row.request.in_flight = True
+        self.running[lane] = batch
+        if preempts:
+            self._pause()
+        return batch
+
+    def complete(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """The batch ran; ``outcomes`` holds one entry per row."""
+        if len(outcomes) != len(batch.rows):
+            raise ValueError(f"outcomes must hold one entry per row: {len(batch.rows)}, got {len(outcomes)}")
+        self._retire(batch)
+        for row, outcome in zip(batch.rows, outcomes, strict=True):
+            request = row.request
+            if isinstance(outcome, BaseException):
+                request.error = outcome
+                self._end(request, State.FAILED)
+                continue
+            request.alone = False
+            request.computed = row.end
+            if row.samples:
+                self._token(request, *outcome)
+            if request.open and request.cancelled:
+                self._end(request, State.CANCELLED)
+
+    def fail(self, batch: Batch, error: BaseException) -> None:
+        """The batch raised. Its requests are tried again one by one, so that only the guilty one fails.
+
+        That is safe because an iteration writes keys and values for its own positions and nothing else.
+        """
+        self._retire(batch)
+        for row in batch.rows:
+            if row.request.cancelled:
+                self._end(row.request, State.CANCELLED)
+            elif len(batch.rows) == 1:
+                row.request.error = error
+                self._end(row.request, State.FAILED)
+            else:
+                row.request.alone = True
+
+    def abort(self, error: str) -> None:
+        """End every open request that is not part of an iteration; used when the driver stops."""
+        for request in [r for r in self.requests if not r.in_flight]:
+            request.error = RequestError(error)
+            self._end(request, State.FAILED)
+
+    # -- how a batch is made ---------------------------------------------------------------------
+
+    def _view(self) -> View:
+        ready = [r for r in self.requests if not r.in_flight]
+        urgent = sorted((r for r in ready if self._urgent(r)), key=lambda r: -r.priority)
+        patient = [r for r in ready if not self._urgent(r)]
+        self._admit(urgent)
+        self._admit(patient)
+        return View(
+            ls_prefill=[r for r in urgent if r.region is not None and r.prefilling],
+            ls_decode=[r for r in urgent if not r.prefilling],
+            be_prefill=[r for r in patient if r.region is not None and r.prefilling],
+            be_decode=[r for r in patient if not r.prefilling],
+            foreground_busy=FOREGROUND in self.running,
+            max_batch=self.limits.max_batch,
+            top_up_tokens=self.limits.top_up_tokens,
+        )
+
+    def _urgent(self, request: Request) -> bool:
+        if request.priority >= LS:
+            return True
+        age = self.limits.aging_s
+        return age is not None and self.clock() - request.arrival_s >= age
+
+    def _admit(self, requests: Iterable[Request]) -> None:
+        """Give regions in order, and none to anyone behind one that does not fit yet."""
+        for request in requests:
+            if request.region is None:
+                request.region = self.kv.take(request.kv_tokens, urgent=request.priority >= LS)
+                if request.region is None:
+                    return
+
+    def _rows(self, plan: Plan) -> list[Row]:
+        first = plan.requests[0]
+        together = [first] if first.alone else [r for r in plan.requests if not r.alone]
+        riders = [] if first.alone else [r for r in plan.riders if not r.alone]
+        if plan.kind == "decode":
+            return [self._row(r, 1) for r in together[: self.limits.max_batch]]
+        rows: list[Row] = []
+        budget = self.limits.prefill_tokens
+        for request in together[: self.limits.max_batch]:
+            if budget > 0:
+                rows.append(self._row(request, budget))
+                budget -= len(rows[-1].tokens)
+        budget = min(budget, plan.rider_tokens)
+        for request in riders[: self.limits.max_batch - len(rows)]:
+            if budget > 0:
+                rows.append(self._row(request, budget))
+                budget -= len(rows[-1].tokens)
+        return rows
+
+    @staticmethod
+    def _row(request: Request, limit: int) -> Row:
+        tokens = request.pending(limit)
+        samples = request.computed + len(tokens) >= len(request.prompt)
+        return Row(request, request.computed, tokens, samples)
+
+    # -- what comes of it ------------------------------------------------------------------------
+
+    def _retire(self, batch: Batch) -> None:
+        if self.running.get(batch.lane) is not batch:
+            raise RuntimeError(f"batch {batch.id} is not running in the {batch.lane} lane")
+        del self.running[batch.lane]
+        for row in batch.rows:
+            row.request.in_flight = False
+        if batch.lane == FOREGROUND and self._left_behind(batch):
+            share = self.limits.be_floor / (1 - self.limits.be_floor)
+            self._owed_s += share * (self.clock() - batch.started_s)
+
+    def _token(self, request: Request, token: int, margin: float) -> None:
+        now = self.clock()
+        if request.first_token_s is None:
+            request.first_token_s = now
+        request.tokens.append(token)
+        request.margins.append(margin)
+        if request.on_token is not None:
+            request.on_token(token)
+        if len(request.tokens) >= request.max_new_tokens or token == request.eos_token_id:
+            self._end(request, State.DONE)
+
+    def _end(self, request: Request, state: State) -> None:
+        request.state = state
+        request.finish_s = self.clock()
+        if request.region is not None:
+            self.kv.give_back(request.region, request.kv_tokens)
+            request.region = None
+        self.requests.remove(request)
+        if request.on_end is not None:
+            request.on_end()
+
+    # -- pauses and the floor --------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        for c in range(LS):
+            self.flag.pause(c, owner=self, timeout_s=self.limits.pause_timeout_s)
+
+    def release(self) -> None:
+        """Let best-effort work run; the driver calls it too when the foreground lane ends."""
+        for c in range(LS):
+            self.flag.resume(c, owner=self)
+
+    def _left_behind(self, batch: Batch) -> bool:
+        """Whether best-effort work stood still while ``batch`` ran."""
+        riding = {row.request for row in batch.rows}
+        return any(r.priority < LS and r not in riding for r in self.requests)
+
+    def _owes_a_slice(self) -> bool:
+        """Whether the foreground must stand back now so that best-effort work gets its floor."""
+        now = self.clock()
+        waiting = BACKGROUND in self.running or any(not self._urgent(r) for r in self.requests)
+        if not waiting:
+            self._owed_s, self._slice_until = 0.0, None
+            return False
+        if self._slice_until is None and self._owed_s >= self.limits.be_slice_s:
+            self._slice_until = now + self._owed_s
+            self._owed_s = 0.0
+        if self._slice_until is not None and now < self._slice_until:
+            self.wake_s = self._slice_until
+            return True
+        self._slice_until = None
+        return False
+
+    @property
+    def idle(self) -> bool:
+        """No open request is left."""
+        return not self.requests

@@ -1,0 +1,189 @@
+"""The engine: two lanes (host threads with their own device stream) drive the scheduler and a model.
+
+    engine = Engine(model, policy="tile")
+    handle = engine.submit(prompt_ids, priority=LS, max_new_tokens=32)
+    for token in handle.stream(): ...
+
+One lock guards the scheduler; a lane holds it only to fetch a batch or to hand in its outcome. While a
+lane computes, the only word that the lanes share is the priority flag.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import torch
+
+from qllm_ops import PriorityFlag
+from qllm_ops.models import install, uninstall
+from qllm_ops.scheduler.core import Batch, Limits, Scheduler
+from qllm_ops.scheduler.log import Log
+from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Policy
+from qllm_ops.scheduler.request import BE, Handle, Request, Sampling
+from qllm_ops.scheduler.runner import Runner
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long one lane's Python code may hold the interpreter when the other wants it. Python's default of
+5 ms is as long as a tile."""
+
+
+class Engine:
+    """Serves latency-sensitive and best-effort requests on one Hugging Face MoE model.
+
+    Args:
+        model: a causal language model with MoE layers, in eval mode, on a CPU or a CUDA device. While
+            the engine is open, the model's experts and attention are ours; ``close`` puts back what
+            was there.
+        policy: "fcfs", "priority", "layer", "tile", or an object of your own like those.
+        limits: memory, batch sizes and floors; see :class:`Limits`.
+        backend: of the experts: "auto", "torch" or "triton".
+        clock: monotonic time in seconds.
+
+    Raises:
+        ValueError: the model has no MoE layers, a layout that is not supported, or attention that the
+            engine's does not reproduce (checked on a few tokens).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        policy: str | Policy = "tile",
+        limits: Limits | None = None,
+        backend: str = "auto",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.model, self.clock, self.log = model, clock, Log(clock)
+        device = next(model.parameters()).device
+        self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event)
+        self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock)
+        self.report = install(model, backend=backend)
+        try:
+            self.runner = Runner(model, self.scheduler.limits.kv_tokens, self.flag, self.log)
+        except BaseException:
+            uninstall(model)
+            raise
+        self._changed = threading.Condition()
+        self._closing = False
+        self._names = count()
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._switch_interval, SWITCH_INTERVAL_S))
+        lanes = self.scheduler.policy.lanes
+        self._threads = [threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes]
+        for thread in self._threads:
+            thread.start()
+
+    # -- for callers -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        priority: int = BE,
+        max_new_tokens: int = 16,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | None = None,
+        id: str | None = None,
+        arrival_s: float | None = None,
+    ) -> Handle:
+        """Queue a request; returns at once.
+
+        Args:
+            prompt: token ids.
+            priority: 0 best-effort, 1 latency-sensitive.
+            arrival_s: when it arrived, by the engine's clock; now by default.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, an empty prompt, one that does not fit the KV
+                memory, an id in use, a bad sampling parameter.
+            RuntimeError: the engine is closed.
+        """
+        request = Request(
+            id=id if id is not None else f"request-{next(self._names)}",
+            prompt=self.runner.check_prompt(prompt),
+            priority=priority,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p, seed),
+            eos_token_id=eos_token_id,
+            arrival_s=self.clock() if arrival_s is None else arrival_s,
+        )
+        handle = Handle(request, self._cancel)
+        with self._changed:
+            if self._closing:
+                raise RuntimeError("the engine is closed")
+            self.scheduler.submit(request)
+            self._changed.notify_all()
+        return handle
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until every request has ended; False if that took longer than ``timeout_s``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.scheduler.idle, timeout_s)
+
+    def close(self) -> None:
+        """Finish the iterations that run, fail the requests that are left, and give the model back."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self.scheduler.abort("the engine was closed")
+        self.runner.close()
+        uninstall(self.model)
+        sys.setswitchinterval(self._switch_interval)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    # -- lanes -----------------------------------------------------------------------------------
+
+    def _lane(self, lane: str) -> None:
+        with self.runner.lane(lane):
+            while (batch := self._next(lane)) is not None:
+                self._run(batch)
+        if lane == FOREGROUND:
+            self.scheduler.release()
+
+    def _next(self, lane: str) -> Batch | None:
+        with self._changed:
+            while not self._closing:
+                batch = self.scheduler.next(lane)
+                if batch is not None:
+                    return batch
+                wake = None
+                if lane == FOREGROUND:
+                    wake = self.scheduler.wake_s
+                    self._changed.notify_all()  # the background lane may start now
+                self._changed.wait(None if wake is None else max(wake - self.clock(), 0.0))
+        return None
+
+    def _run(self, batch: Batch) -> None:
+        granularity = self.scheduler.policy.granularity if batch.lane == BACKGROUND else None
+        try:
+            outcomes = self.runner.run(batch, granularity)
+        except Exception as error:
+            self.log.end(batch)
+            with self._changed:
+                self.scheduler.fail(batch, error)
+                self._changed.notify_all()
+        else:
+            self.log.end(batch)
+            with self._changed:
+                self.scheduler.complete(batch, outcomes)
+                self._changed.notify_all()
+
+    def _cancel(self, request: Request) -> None:
+        with self._changed:
+            self.scheduler.cancel(request)
+            self._changed.notify_all()

@@ -1,0 +1,133 @@
+"""Policies: which batch each lane runs next, and what is paused meanwhile.
+
+A policy sees the queues and what runs now, and answers with a plan. It holds no state, takes no
+lock and touches no device; the scheduler turns plans into batches. All policies run on the same
+engine and the same kernels, so a comparison of two of them compares nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qllm_ops.scheduler.request import Request
+
+FOREGROUND = "foreground"
+BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy may look at. Lists hold open requests that are not part of an iteration now.
+
+    ``ls_*`` are urgent: latency-sensitive, or best-effort and aged. Each list is in the order of
+    (class, arrival), the most urgent first.
+    """
+
+    ls_prefill: Sequence[Request]
+    ls_decode: Sequence[Request]
+    be_prefill: Sequence[Request]
+    be_decode: Sequence[Request]
+    foreground_busy: bool
+    max_batch: int  # rows of a decode batch
+    top_up_tokens: int  # best-effort prompt tokens that may ride in an urgent prefill
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One iteration: the requests, in order of preference, and how many tokens riders may add."""
+
+    kind: str  # "prefill" or "decode"
+    requests: Sequence[Request]
+    riders: Sequence[Request] = ()
+    rider_tokens: int = 0
+
+
+class Policy(Protocol):
+    """``granularity`` is where paused work stops: None (never within an iteration), "layer", "tile"."""
+
+    name: str
+    lanes: tuple[str, ...]
+    granularity: str | None
+
+    def next_batch(self, lane: str, view: View) -> Plan | None: ...
+
+
+class Fcfs:
+    """Iteration-level, first come first served, continuous batching: the paper's baseline.
+
+    A waiting prompt goes before the next decode step, so that the decode batch fills up.
+    """
+
+    name = "fcfs"
+    lanes = (FOREGROUND,)
+    granularity = None
+
+    def next_batch(self, lane: str, view: View) -> Plan | None:
+        prefill = sorted([*view.ls_prefill, *view.be_prefill], key=lambda r: r.arrival_s)
+        decode = sorted([*view.ls_decode, *view.be_decode], key=lambda r: r.arrival_s)
+        if prefill and len(decode) < view.max_batch:
+            return Plan("prefill", prefill)
+        return Plan("decode", decode) if decode else None
+
+
+class Priority:
+    """Iteration-level priority: an urgent request goes next, but waits for the iteration that runs."""
+
+    name = "priority"
+    lanes = (FOREGROUND,)
+    granularity = None
+
+    def next_batch(self, lane: str, view: View) -> Plan | None:
+        return urgent_batch(view) or best_effort_batch(view)
+
+
+class Preempting:
+    """Urgent iterations start at once and pause best-effort ones inside their forward pass."""
+
+    lanes = (FOREGROUND, BACKGROUND)
+
+    def __init__(self, name: str, granularity: str):
+        self.name, self.granularity = name, granularity
+
+    def next_batch(self, lane: str, view: View) -> Plan | None:
+        if lane == FOREGROUND:
+            return urgent_batch(view)
+        return None if view.foreground_busy else best_effort_batch(view)
+
+
+def urgent_batch(view: View) -> Plan | None:
+    """The urgent part of the paper's Algorithm 1."""
+    if len(view.ls_decode) >= view.max_batch:
+        return Plan("decode", view.ls_decode)
+    if view.ls_prefill:
+        return Plan("prefill", view.ls_prefill, riders=view.be_prefill, rider_tokens=view.top_up_tokens)
+    if view.ls_decode:
+        return Plan("decode", [*view.ls_decode, *view.be_decode])
+    return None
+
+
+def best_effort_batch(view: View) -> Plan | None:
+    """The rest of it, with one change: decode waits for a full batch while there are prompts left.
+
+    Algorithm 1 decodes first, which runs most best-effort decode steps nearly empty.
+    """
+    if view.be_prefill and len(view.be_decode) < view.max_batch:
+        return Plan("prefill", view.be_prefill)
+    return Plan("decode", view.be_decode) if view.be_decode else None
+
+
+POLICIES: dict[str, Policy] = {
+    policy.name: policy
+    for policy in (Fcfs(), Priority(), Preempting("layer", "layer"), Preempting("tile", "tile"))
+}
+
+
+def get_policy(name: str | Policy) -> Policy:
+    """The policy of that name; an object of the user's own is taken as it is."""
+    if not isinstance(name, str):
+        return name
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")
+    return POLICIES[name]

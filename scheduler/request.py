@@ -1,0 +1,162 @@
+"""A request: what was asked, how far it has come, and the caller's handle on it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+LS = 1
+"""Latency-sensitive: the lowest class that is urgent. Higher numbers are more urgent still."""
+
+BE = 0
+"""Best-effort."""
+
+
+class State(str, Enum):
+    """WAITING and RUNNING are open; a request ends in exactly one of the other three."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class RequestError(RuntimeError):
+    """The request failed; the message says why. Other requests are not affected."""
+
+
+class RequestCancelled(RuntimeError):
+    """The request was cancelled before it was complete."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 takes the token with the largest logit; above 0 divides the logits first.
+        top_p: keep the smallest set of tokens whose probabilities sum to at least this, in (0, 1].
+        seed: of the request's own random stream, so its draws do not depend on its neighbours.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+
+@dataclass(eq=False)
+class Request:
+    """One request on its way through the scheduler. Only the scheduler changes it.
+
+    ``computed`` counts the tokens whose keys and values lie in the KV pool. A request prefills until
+    that reaches the length of its prompt, which yields its first token, and decodes from then on.
+    """
+
+    id: str
+    prompt: list[int]
+    priority: int = BE
+    max_new_tokens: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_token_id: int | None = None
+    arrival_s: float = 0.0
+    on_token: Callable[[int], None] | None = None
+    on_end: Callable[[], None] | None = None
+
+    state: State = State.WAITING
+    error: BaseException | None = None
+    computed: int = 0
+    tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)  # best logit minus second best, per token
+    region: int | None = None  # where its KV begins in the pool; None: not admitted yet
+    in_flight: bool = False  # part of an iteration that has not ended
+    alone: bool = False  # was in an iteration that failed: runs by itself until it has succeeded
+    cancelled: bool = False
+    first_token_s: float | None = None
+    finish_s: float | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV memory it may need; reserved when it is admitted, so it never runs short."""
+        return len(self.prompt) + self.max_new_tokens
+
+    @property
+    def open(self) -> bool:
+        return self.state in (State.WAITING, State.RUNNING)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.computed < len(self.prompt)
+
+    def pending(self, limit: int) -> list[int]:
+        """The next tokens to compute, at most ``limit`` of them."""
+        if self.prefilling:
+            return self.prompt[self.computed : self.computed + limit]
+        return self.tokens[-1:]
+
+
+class Handle:
+    """The caller's end of a request: read its tokens as they come, wait for it, cancel it."""
+
+    def __init__(self, request: Request, cancel: Callable[[Request], None]):
+        self.request = request
+        self._cancel = cancel
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        request.on_token = self._tokens.put
+        request.on_end = self._end
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def stream(self) -> Iterator[int]:
+        """Yield each token when it is made; raises as :meth:`result` does when the request ends badly.
+
+        Meant for one consumer, once.
+        """
+        while (token := self._tokens.get()) is not None:
+            yield token
+        self._raise()
+
+    def result(self, timeout_s: float | None = None) -> list[int]:
+        """Wait for the end and return all generated tokens.
+
+        Raises:
+            TimeoutError: it has not ended after ``timeout_s`` seconds.
+            RequestError: it failed.
+            RequestCancelled: it was cancelled.
+        """
+        if not self._ended.wait(timeout_s):
+            raise TimeoutError(f"request {self.id!r} has not ended after {timeout_s} s")
+        self._raise()
+        return list(self.request.tokens)
+
+    def cancel(self) -> None:
+        """Ask for the request to end; an iteration that it is part of is not cut short."""
+        self._cancel(self.request)
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._tokens.put(None)
+
+    def _raise(self) -> None:
+        if self.request.state is State.FAILED:
+            raise RequestError(f"request {self.id!r} failed: {self.request.error}") from self.request.error
+        if self.request.state is State.CANCELLED:
+            raise RequestCancelled(f"request {self.id!r} was cancelled")

@@ -1,0 +1,140 @@
+"""Runs one iteration: a batch of rows through the model, and a token out of each row that ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import DynamicCache
+
+from qllm_ops import PriorityFlag
+from qllm_ops.models import preemptible
+from qllm_ops.scheduler import attention
+from qllm_ops.scheduler.attention import KVPool, Ragged, RaggedCache, Segment, ragged
+from qllm_ops.scheduler.core import Batch, Outcome
+from qllm_ops.scheduler.log import Log
+from qllm_ops.scheduler.policies import FOREGROUND
+from qllm_ops.scheduler.request import BE
+from qllm_ops.scheduler.sampling import LogitsError, sample
+
+PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference between the engine's logits and the model's own, relative to the largest logit.
+Wrong attention differs by the size of the logits; rounding stays well below."""
+
+
+class Runner:
+    """Executes batches on a model that both lanes share. What differs per lane is thread-local: grad
+    mode, the stream, which rows attention sees, and what the experts poll."""
+
+    def __init__(self, model: torch.nn.Module, kv_tokens: int, flag: PriorityFlag, log: Log):
+        self.model, self.flag, self.log = model, flag, log
+        self.device = next(model.parameters()).device
+        self.vocab_size = model.get_input_embeddings().num_embeddings
+        self.pool = KVPool(model, kv_tokens)
+        self.block_scores = attention.BLOCK_SCORES if self.device.type == "cpu" else 2**62
+        expected = self._probe_plain()
+        self._attention = model.config._attn_implementation
+        model.set_attn_implementation(attention.NAME)
+        try:
+            self._check(expected)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.model.set_attn_implementation(self._attention)
+
+    def check_prompt(self, prompt: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in prompt]
+        bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"prompt: token id {bad} is outside the vocabulary of {self.vocab_size}")
+        return ids
+
+    @contextlib.contextmanager
+    def lane(self, name: str) -> Iterator[None]:
+        """The thread-local state of a lane, for the life of its thread."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if self.device.type == "cuda":
+                least, most = torch.cuda.Stream.priority_range()
+                stream = torch.cuda.Stream(self.device, priority=most if name == FOREGROUND else least)
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
+    def run(self, batch: Batch, granularity: str | None) -> list[Outcome]:
+        """One forward pass; one outcome per row. ``granularity`` is where it stops while its class is
+        paused: None (nowhere), "layer" or "tile"."""
+        self.log.begin(batch, granularity)
+        segments, start = [], 0
+        for row in batch.rows:
+            segments.append(Segment(start, len(row.tokens), row.start, row.request.region))
+            start += len(row.tokens)
+        rows = Ragged(segments, self._attention_gate if granularity == "tile" else None, self.block_scores)
+        with preemptible(self.flag if granularity else None, BE, granularity) as preemption:
+            logits = self._forward([t for row in batch.rows for t in row.tokens], rows)
+        self.log.count_waste(preemption.wasted_tiles)
+        return [self._outcome(row, logits[i]) for i, row in enumerate(batch.rows)]
+
+    def _forward(self, ids: list[int], rows: Ragged) -> torch.Tensor:
+        """Logits of each row's last token, (rows, vocabulary), on the CPU."""
+        position = [p for s in rows.segments for p in range(s.past, s.total)]
+        last = [s.query + s.length - 1 for s in rows.segments]
+        with ragged(rows):
+            out = self.model(
+                input_ids=torch.tensor([ids], device=self.device),
+                position_ids=torch.tensor([position], device=self.device),
+                past_key_values=RaggedCache(self.pool, rows),
+                use_cache=True,
+                logits_to_keep=torch.tensor(last, device=self.device),
+            )
+        return out.logits[0].cpu()
+
+    @staticmethod
+    def _outcome(row, logits: torch.Tensor) -> Outcome:
+        if not row.samples:
+            return None
+        try:
+            return sample(row.request, logits)
+        except LogitsError as error:
+            return error
+
+    def _attention_gate(self) -> None:
+        """Where a pass that is paused between tiles also stops: between two blocks of queries."""
+        self.log.where = "attention"
+        self.flag.wait(BE)
+        self.log.where = "tile"
+
+    # -- proof that the model's attention is ours to replace -----------------------------------------
+
+    PROBE = 7  # tokens: five and one of one row in two chunks, with another row beside
+
+    def _probe_ids(self) -> list[int]:
+        return [(i * 7 + 1) % self.vocab_size for i in range(self.PROBE)]
+
+    @torch.inference_mode()
+    def _probe_plain(self) -> torch.Tensor:
+        ids = torch.tensor([self._probe_ids()], device=self.device)
+        out = self.model(input_ids=ids, past_key_values=DynamicCache(config=self.model.config), use_cache=True)
+        return out.logits[0].float().cpu()
+
+    @torch.inference_mode()
+    def _check(self, expected: torch.Tensor) -> None:
+        ids, n = self._probe_ids(), self.PROBE
+        if self.pool.tokens < 2 * n:
+            raise ValueError(f"kv_tokens must be at least {2 * n}, got {self.pool.tokens}")
+        self._forward(ids[:4], Ragged([Segment(0, 4, 0, 0)]))
+        # The rest of the first row, in one iteration with the whole of a second one.
+        got = self._forward(
+            ids[4:] + ids[: n - 2], Ragged([Segment(0, n - 4, 4, 0), Segment(n - 4, n - 2, 0, n)])
+        ).float()
+        want = expected[[n - 1, n - 3]]
+        error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item()
+        allowed = PROBE_ERROR.get(self.model.dtype, 5e-2)
+        if not error <= allowed:
+            raise ValueError(
+                f"{type(self.model).__name__}: with the engine's attention the logits of a probe differ by "
+                f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention is not "
+                "supported"
+            )

@@ -1,0 +1,63 @@
+"""Tiny models of random weights, beside the presets: architectures that `install` must refuse."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+SUPPORTED = ("tiny", "tiny-qwen3-moe", "tiny-olmoe", "tiny-deepseek-v3")
+"""Presets with experts that are installed."""
+
+_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "vocab_size": 128,
+    "head_dim": 16,
+}
+_LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+REFUSED = {
+    "gpt_oss": {**_SIZES, "intermediate_size": 48, "num_local_experts": 8},
+    "openai_privacy_filter": {**_SIZES, "intermediate_size": 48, "num_local_experts": 8},
+    "nemotron_h": {
+        **_SIZES,
+        "layers_block_type": ["moe", "attention"],
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 8,
+        "moe_shared_expert_intermediate_size": 48,
+    },
+    "deepseek_v4": {
+        **_SIZES,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 8,
+        "num_key_value_heads": 1,
+        "q_lora_rank": 32,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+    },
+    "llama4_text": {**_SIZES, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 4},
+    "dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0}},
+    "llama": {**_SIZES, "intermediate_size": 96},
+}
+
+
+def refused_model(model_type: str) -> PreTrainedModel:
+    """A tiny model of an architecture in REFUSED, seeded."""
+    config = AutoConfig.for_model(model_type, **REFUSED[model_type], pad_token_id=None)
+    auto = AutoModel if model_type == "openai_privacy_filter" else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return auto.from_config(config).eval()
