@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -66,11 +67,14 @@ def check_safetensors(path: str | Path) -> tuple[Path, ...]:
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise CheckpointError(f"{path}: no *.safetensors file in this folder; other formats are not read")
+    tensors: set[str] = set()
     for file in files:
         header = _read_header(file)
         for tensor in shards.get(file.name, ()):
             if tensor not in header:
                 raise CheckpointError(f"{file}: no tensor {tensor}, but {INDEX} says that it is here")
+        tensors |= header.keys()
+    _check_every_expert(path, tensors)
     return files
 
 
@@ -104,15 +108,21 @@ def load(
     if install:
         # Refuse a model that cannot be installed before its weights are read.
         with torch.device("meta"):
-            find_experts(AutoModelForCausalLM.from_config(config))
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype="auto" if dtype is None else dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # so that they are listed below, with the file
-        output_loading_info=True,
-    )
+            skeleton = AutoModelForCausalLM.from_config(config)
+        find_experts(skeleton)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are listed below
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its tensors do not fit config.json: {error}") from error
     _check_loaded(path, info)
     model = model.to(device).eval()
     if install:
@@ -122,7 +132,9 @@ def load(
 
 def _read_config(path: Path):
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; models are loaded from local folders, never downloaded")
+        raise CheckpointError(
+            f"{path}: no such folder; models are loaded from local folders, never downloaded"
+        )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json in this folder, so it is not a Hugging Face model")
     try:
@@ -139,8 +151,10 @@ def _read_index(file: Path) -> dict[str, list[str]]:
     try:
         for tensor, name in json.loads(file.read_bytes())["weight_map"].items():
             shards.setdefault(name, []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f'{file}: not an index with a "weight_map" of tensor to file: {error!r}') from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f'{file}: not an index with a "weight_map" of tensor to file: {error!r}'
+        ) from error
     return shards
 
 
@@ -151,14 +165,14 @@ def _read_header(file: Path) -> dict[str, dict]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{file}: cut off or not safetensors: {size} bytes, too short for the header of {length} bytes "
-                "that it announces"
+                f"{file}: cut off or not safetensors: {size} bytes, too short for the header "
+                f"of {length} bytes that it announces"
             )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not a JSON object: {error}") from error
 
     end = 0
@@ -183,13 +197,30 @@ def _byte_range(file: Path, tensor: str, entry: dict) -> tuple[str, int, int]:
         wanted = math.ceil(bits / 8)
         found = stop - begin
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: tensor {tensor} has no valid entry in the header: {error!r}") from error
-    if begin < 0 or found != wanted:
+        raise CheckpointError(
+            f"{file}: tensor {tensor} has no valid entry in the header: {error!r}"
+        ) from error
+    if begin < 0 or found < 0 or found != wanted:
         raise CheckpointError(
             f"{file}: tensor {tensor} has bytes {begin} to {stop}, wanted {wanted} bytes "
             f"for {entry['dtype']} {entry['shape']}"
         )
     return tensor, begin, stop
+
+
+def _check_every_expert(path: Path, tensors: set[str]) -> None:
+    """Where experts are stored one by one, each must have what the others of its layer have."""
+    layers: dict[str, tuple[set[int], set[str]]] = {}
+    for tensor in tensors:
+        match = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", tensor)
+        if match:
+            experts, parts = layers.setdefault(match[1], (set(), set()))
+            experts.add(int(match[2]))
+            parts.add(match[3])
+    for layer, (experts, parts) in sorted(layers.items()):
+        for name in (f"{layer}{n}{part}" for n in range(max(experts) + 1) for part in sorted(parts)):
+            if name not in tensors:
+                raise CheckpointError(f"{path}: no tensor {name} in any file, though its like are there")
 
 
 def _check_loaded(path: Path, info: dict) -> None:

@@ -14,7 +14,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Preemption:
     flag: PriorityFlag | None = None
     priority: int = 0
     granularity: str | None = "tile"
-    wasted_tiles: int = 0
+    wasted_tiles: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -80,7 +80,8 @@ def preemptible(
     """Make every experts call of this thread's body listen to ``flag`` as class ``priority``.
 
     It goes before what was given to `install`, whatever the model; ``flag=None`` means that the body
-    is never preempted. The innermost body wins. A new thread starts outside of every body.
+    is never preempted. The innermost body wins. A new thread starts outside of every body. What is
+    yielded belongs to this body alone, and counts its ``wasted_tiles``.
     """
     preemption = Preemption(flag, priority, granularity)
     token = _override.set(preemption)
@@ -217,7 +218,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
         return layout
     reasons = _declared_differences(module)
     activation = None
-    if not any(reason.startswith("no gate") for reason in reasons):
+    if is_dispatched(module) and module.has_gate:
         activation = _find_activation(module)
         if activation is None:
             act_fn = getattr(module, "act_fn", None)
@@ -227,7 +228,8 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
         reasons += _observed_difference(module, activation)
     if reasons:
         raise UnsupportedExpertsError(
-            f"{type(module).__name__} is not supported by qllm-ops: {'; '.join(reasons)}. Supported: {SUPPORTED}",
+            f"{type(module).__name__} is not supported by qllm-ops: {'; '.join(reasons)}. "
+            f"Supported: {SUPPORTED}",
             tuple(reasons),
         )
     layout = _layouts[module] = ExpertsLayout(activation, getattr(module, "act_fn", None))
@@ -236,9 +238,9 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
 
 def _declared_differences(module: nn.Module) -> list[str]:
     """What the module's flags and tensors say that `moe` does not do."""
-    reasons = []
     if not is_dispatched(module):
-        reasons.append("transformers never asks an experts function for this class")
+        return ["transformers never asks an experts function for this class"]
+    reasons = []
     for flag, usual, reason in (
         ("has_gate", True, "no gate (up_proj only)"),
         ("has_bias", False, "biases"),

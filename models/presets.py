@@ -115,9 +115,7 @@ def make_preset(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) ->
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def save_preset(
-    name: str, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Path:
+def save_preset(name: str, folder: str | Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Make a preset and save it as config.json, generation_config.json and safetensors in ``folder``."""
     folder = Path(folder)
     make_preset(name, seed, dtype).save_pretrained(folder)

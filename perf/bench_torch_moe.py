@@ -36,10 +36,15 @@ TOKENS = [1, 8, 64, 512, 2048]
 OURS, POLLED = "qllm", "qllm+flag"
 
 
-def implementations(hidden: int, intermediate: int, experts: int, top_k: int, tokens: int, dtype: torch.dtype):
+def implementations(
+    hidden: int, intermediate: int, experts: int, top_k: int, tokens: int, dtype: torch.dtype
+):
     """Name -> a call that computes one layer; all of them on the same tensors."""
     config = MixtralConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts, num_experts_per_tok=top_k
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
     )
     module = MixtralExperts(config).to(dtype)
     for weight in module.parameters():
@@ -94,7 +99,9 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="time per row")
@@ -107,12 +114,12 @@ def main() -> None:
 
     rows = []
     print(f"{args.dtype}, {args.threads} threads; theirs / ours, so above 1 is faster than theirs\n")
-    print("   H     I   E  K     T     ours ms (min-max)        grouped_mm  with flag  batched_mm  eager  flag cost")
+    print(
+        "   H     I   E  K     T     ours ms (min-max)        grouped_mm  with flag  batched_mm  eager  flag cost"
+    )
     for hidden, intermediate, experts, top_k in SHAPES:
         for tokens in TOKENS:
-            calls = implementations(
-                hidden, intermediate, experts, top_k, tokens, getattr(torch, args.dtype)
-            )
+            calls = implementations(hidden, intermediate, experts, top_k, tokens, getattr(torch, args.dtype))
             times = measure(calls, args.seconds)
             row = {
                 "shape": {"H": hidden, "I": intermediate, "E": experts, "K": top_k, "T": tokens},

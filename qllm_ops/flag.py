@@ -131,7 +131,9 @@ class PriorityFlag:
         """
         c = self._check(priority)
         if not isinstance(programs, int) or isinstance(programs, bool) or not 1 <= programs <= FULL:
-            raise ValueError(f"programs must be an integer from 1 to FULL, got {programs!r}; use pause() for 0")
+            raise ValueError(
+                f"programs must be an integer from 1 to FULL, got {programs!r}; use pause() for 0"
+            )
         with self._changed:
             self._quota[c] = programs
             self._publish(c)

@@ -18,7 +18,8 @@ All arithmetic is in float32: 16-bit weights are widened one expert at a time, w
 
 from __future__ import annotations
 
-import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,14 @@ COMBINE_BYTES = 8 * 2**20
 """Bytes of pair outputs that one tile of the combine reads: about a millisecond."""
 
 WIDE_ROWS = 12
-"""From this many rows on, the products are computed transposed (see `_matmuls`)."""
+"""From this many rows on, the gate and up of a tile are stored column by column: the same product, but
+MKL computes it in half the time at 16 to 48 rows, and in no more at others; and both halves are contiguous."""
+
+GROUP_BYTES, GROUP_EXPERTS = 16 * 2**20, 8
+"""Most weights and experts in a tile that joins experts with few rows: 1 to 2 ms of reading memory."""
+
+Block = tuple[int, int, int]
+"""Expert, first row, one past the last row."""
 
 
 def tile_rows(hidden_size: int, intermediate_size: int) -> int:
@@ -53,6 +61,26 @@ def split(start: int, stop: int, most: int) -> list[tuple[int, int]]:
     return [(start + length * i // pieces, start + length * (i + 1) // pieces) for i in range(pieces)]
 
 
+def make_tiles(edges: list[int], hidden_size: int, intermediate_size: int) -> list[list[Block]]:
+    """Cut the rows into tiles, where expert e owns rows edges[e] to edges[e + 1].
+
+    A tile is one block of rows of one expert; or, where consecutive experts have only a few rows each (a
+    decode step), several of them: then calls cost more than the products.
+    """
+    most_rows = tile_rows(hidden_size, intermediate_size)
+    most_experts = min(GROUP_EXPERTS, GROUP_BYTES // (12 * hidden_size * intermediate_size))
+    tiles: list[list[Block]] = []
+    few = False  # whether the last tile holds experts with few rows
+    for expert, (first, last) in enumerate(itertools.pairwise(edges)):
+        for start, stop in split(first, last, most_rows):
+            if few and stop - start < WIDE_ROWS and len(tiles[-1]) < most_experts:
+                tiles[-1].append((expert, start, stop))
+            else:
+                tiles.append([(expert, start, stop)])
+                few = stop - start < WIDE_ROWS
+    return tiles
+
+
 class TorchMoe:
     """One MoE layer and its progress. Works on any device; polls and routes on the host.
 
@@ -66,7 +94,12 @@ class TorchMoe:
         self._flag = flag
         self._word = None if flag is None else flag.words[priority]
         self._route()
-        self._allocate()
+        gate_up_proj, down_proj = inputs.gate_up_proj.mT, inputs.down_proj.mT
+        # The experts' matrices, (H, 2I) and (I, H). One by one a view costs three times as much.
+        many = 3 * sum(len(tile) for tile in self._tiles) > inputs.num_experts
+        self._gate_up_proj_t = gate_up_proj.unbind(0) if many else gate_up_proj
+        self._down_proj_t = down_proj.unbind(0) if many else down_proj
+        self._output = torch.empty_like(inputs.hidden_states)
 
     @property
     def tiles_total(self) -> int:
@@ -99,80 +132,70 @@ class TorchMoe:
         x = self.inputs
         experts = x.top_k_index.reshape(-1).to(torch.int64)
         ordered, pair = torch.sort(experts, stable=True)
-        edges = torch.arange(x.num_experts + 1, device=experts.device)
-        edges = torch.searchsorted(ordered, edges).tolist()
+        edges = torch.searchsorted(ordered, torch.arange(x.num_experts + 1, device=experts.device)).tolist()
         self._token = pair // x.top_k
-        # _slot[t * K + k] is the row at which the pair (t, k) was computed.
-        self._slot = torch.empty_like(pair)
-        self._slot[pair] = torch.arange(pair.numel(), device=pair.device)
-        self._weights = x.top_k_weights.to(torch.float32).reshape(-1)
-
-        rows = tile_rows(x.hidden_size, x.intermediate_size)
-        self._tiles = [
-            (expert, start, stop)
-            for expert in range(x.num_experts)
-            for start, stop in split(edges[expert], edges[expert + 1], rows)
-        ]
-        self._combines = split(0, x.num_tokens, max(1, COMBINE_BYTES // (4 * x.top_k * x.hidden_size)))
-
-        self._skipped = edges[-1] - edges[0] < pair.numel()
-        if self._skipped:  # They all point at one more row, which is zero.
+        # slot[t * K + k] is the row at which the pair (t, k) is computed.
+        slot = torch.empty_like(pair)
+        slot.scatter_(0, pair, torch.arange(pair.numel(), device=pair.device))
+        weights = x.top_k_weights.to(torch.float32).reshape(-1)
+        skips = edges[-1] - edges[0] < pair.numel()
+        if skips:  # All of them point at one more row, which is zero.
             skipped = (experts < 0) | (experts >= x.num_experts)
-            self._slot.masked_fill_(skipped, pair.numel())
-            self._weights = self._weights.masked_fill(skipped, 0)
-
-    def _allocate(self) -> None:
-        x = self.inputs
-        rows = max((stop - start for _, start, stop in self._tiles), default=0)
-        new = functools.partial(torch.empty, dtype=torch.float32, device=x.hidden_states.device)
-        self._x = new(rows * x.hidden_size)
-        self._gate_up = new(rows * 2 * x.intermediate_size)
-        self._pair_out = new(self._slot.numel() + self._skipped, x.hidden_size)
-        if self._skipped:
+            slot.masked_fill_(skipped, pair.numel())
+            weights = weights.masked_fill(skipped, 0)
+        self._slot, self._weights = slot, weights
+        self._pair_out = self._new(pair.numel() + skips, x.hidden_size)
+        if skips:
             self._pair_out[-1] = 0
-        if x.hidden_states.dtype != torch.float32:
-            self._gate_up_proj = new(x.gate_up_proj.shape[1:])
-            self._down_proj = new(x.down_proj.shape[1:])
-        self._output = torch.empty_like(x.hidden_states)
+
+        self._tiles = make_tiles(edges, x.hidden_size, x.intermediate_size)
+        self._combines = split(0, x.num_tokens, max(1, COMBINE_BYTES // (4 * x.top_k * x.hidden_size)))
+        rows = max((tile[-1][2] - tile[0][1] for tile in self._tiles), default=0)
+        self._x = self._new(rows, x.hidden_size)
+        self._gate_up = self._new(rows * 2 * x.intermediate_size)
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.inputs.hidden_states.device)
 
     def _compute(self, tile: int) -> None:
         if tile < len(self._tiles):
-            self._matmuls(*self._tiles[tile])
+            self._matmuls(self._tiles[tile])
         else:
             self._combine(*self._combines[tile - len(self._tiles)])
 
-    def _matmuls(self, expert: int, start: int, stop: int) -> None:
-        """Rows start..stop of `_pair_out`: gate and up, activation, down."""
-        inputs, rows = self.inputs, stop - start
-        gate_up_proj, down_proj = inputs.gate_up_proj[expert], inputs.down_proj[expert]
-        x = self._x[: rows * inputs.hidden_size].view(rows, -1)
-        if inputs.hidden_states.dtype == torch.float32:
-            torch.index_select(inputs.hidden_states, 0, self._token[start:stop], out=x)
-        else:
-            x.copy_(inputs.hidden_states.index_select(0, self._token[start:stop]))
-            gate_up_proj, down_proj = self._gate_up_proj.copy_(gate_up_proj), self._down_proj.copy_(down_proj)
-
+    def _matmuls(self, tile: list[Block]) -> None:
+        """The rows of one tile, from hidden states to `_pair_out`."""
+        inputs = self.inputs
+        first, last = tile[0][1], tile[-1][2]
+        rows = last - first
+        x, out = self._x[:rows], self._pair_out[first:last]
         gate_up = self._gate_up[: rows * 2 * inputs.intermediate_size]
-        if rows < WIDE_ROWS:
-            gate_up = gate_up.view(rows, -1)
-            torch.mm(x, gate_up_proj.t(), out=gate_up)
-            gate, up = gate_up.chunk(2, dim=1)
+        gate_up = gate_up.view(rows, -1) if tile[0][2] - first < WIDE_ROWS else gate_up.view(-1, rows).t()
+        gate, up = gate_up.chunk(2, dim=1)
+
+        token = self._token[first:last]
+        if inputs.hidden_states.dtype == torch.float32:
+            torch.index_select(inputs.hidden_states, 0, token, out=x)
         else:
-            # The same numbers the other way round, (2I, rows): with 16 to 48 rows this takes MKL half
-            # the time, with more it is no slower, and gate and up are contiguous for the activation.
-            gate_up = gate_up.view(-1, rows)
-            torch.mm(gate_up_proj, x.t(), out=gate_up)
-            gate, up = gate_up.t().chunk(2, dim=1)
+            x.copy_(inputs.hidden_states.index_select(0, token))
+        self._linear(tile, x, self._gate_up_proj_t, gate_up)
         activate_(gate, inputs.activation).mul_(up)
-        torch.mm(gate, down_proj.t(), out=self._pair_out[start:stop])
+        self._linear(tile, gate, self._down_proj_t, out)
+
+    def _linear(self, tile: list[Block], x: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
+        """Multiply every block of the tile by its expert's matrix."""
+        sizes = [stop - start for _, start, stop in tile]
+        blocks = zip(tile, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
+        for (expert, _, _), x_rows, out_rows in blocks:
+            torch.mm(x_rows, weights[expert].float(), out=out_rows)
 
     def _combine(self, start: int, stop: int) -> None:
         """Rows start..stop of the output: the weighted sum over k, in order, in float32."""
         k = self.inputs.top_k
-        offsets = torch.arange(0, (stop - start) * k, k, device=self._slot.device)
         pairs = slice(start * k, stop * k)
+        first = torch.arange(0, (stop - start) * k, k, device=self._slot.device)
         sums, *_ = torch.embedding_bag(
-            self._pair_out, self._slot[pairs], offsets, mode=0, per_sample_weights=self._weights[pairs]
+            self._pair_out, self._slot[pairs], first, mode=0, per_sample_weights=self._weights[pairs]
         )
         self._output[start:stop] = sums
 

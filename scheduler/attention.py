@@ -98,7 +98,9 @@ class KVPool:
                         f"{type(model).__name__}: layer {i} keeps no plain keys and values per token "
                         f"({type(layer).__name__}); the engine cannot hold its state"
                     )
-                pair.append(torch.zeros(seen.shape[1], tokens, seen.shape[3], dtype=seen.dtype, device=device))
+                pair.append(
+                    torch.zeros(seen.shape[1], tokens, seen.shape[3], dtype=seen.dtype, device=device)
+                )
             self.layers.append((pair[0], pair[1]))
 
     @property
@@ -139,7 +141,9 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     for name in ("s_aux", "softcap"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} needs {name!r} in attention, which is not supported")
+            raise NotImplementedError(
+                f"{type(module).__name__} needs {name!r} in attention, which is not supported"
+            )
     window = kwargs.get("sliding_window") or 0
     heads, total, size = query.shape[1], query.shape[2], value.shape[-1]
     out = query.new_empty(total, heads, size)
@@ -154,7 +158,9 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
             low = max(0, start - window + 1) if window else 0
             q0 = segment.query + start - segment.past
             q = query[:, :, q0 : q0 + block]
-            attended = _attend(q, k[:, :, low : start + block], v[:, :, low : start + block], start - low, window, scaling)
+            attended = _attend(
+                q, k[:, :, low : start + block], v[:, :, low : start + block], start - low, window, scaling
+            )
             out[q0 : q0 + block] = attended
             start += block
     return out.unsqueeze(0), None

@@ -7,6 +7,7 @@ with a virtual clock and a seeded random source. The driver must not call it fro
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Limits:
 
     Args:
         kv_tokens: KV memory, in tokens, shared by all requests.
-        kv_reserve: the part of it that best-effort requests may not take.
+        kv_reserve: the part of it that best-effort requests may not take, aged ones neither.
         max_batch: rows of a decode batch.
         prefill_tokens: tokens of a prefill iteration; longer prompts go in chunks of this size.
         top_up_tokens: best-effort prompt tokens that may ride in an urgent prefill iteration. Each
@@ -31,7 +32,8 @@ class Limits:
         be_floor: share of the time in which urgent and best-effort work compete that is given to
             best-effort work, 0 to below 1.
         be_slice_s: in slices of this length, seconds.
-        aging_s: age at which a best-effort request counts as urgent; None: never.
+        aging_s: age at which a best-effort request counts as latency-sensitive and queues with those,
+            by arrival; None: never.
         pause_timeout_s: deadline of a pause. Renewed by every urgent iteration, so it ends only the
             pauses of a lane that hangs or died.
     """
@@ -98,8 +100,8 @@ class Scheduler:
     """Decides what runs and what is paused; see the module's docstring for how it is driven.
 
     The driver's loop, per lane: ``next(lane)``; run the batch; ``complete(batch, outcomes)`` or
-    ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed, or at
-    ``wake_s`` if that is set.
+    ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed (the
+    background lane also after the foreground was given None), or at ``wake_s[lane]`` if that is set.
     """
 
     def __init__(
@@ -117,15 +119,23 @@ class Scheduler:
         self.kv = KVBudget(self.limits.kv_tokens, self.limits.kv_reserve)
         self.requests: list[Request] = []  # the open ones, by arrival
         self.running: dict[str, Batch] = {}
-        self.wake_s: float | None = None
+        self.wake_s: dict[str, float] = {}
         self._batches = 0
+        self._prefills = dict.fromkeys(self.policy.lanes, 0)  # in a row, per lane
+        floor = self.limits.be_floor if self.policy.by_class else 0.0
+        self._owed_per_s = floor / (1 - floor)
         self._owed_s = 0.0  # best-effort time that the floor owes
-        self._slice_until: float | None = None
+        self._settled_s = self.clock()  # what is owed was last brought up to date
+        self._slice_until = -math.inf
 
     # -- requests --------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Queue a request. A ValueError says what is wrong with it; nothing else is affected."""
+        for name in ("max_new_tokens", "priority"):
+            value = getattr(request, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"request {request.id!r}: {name} must be an integer, got {value!r}")
         if not request.prompt:
             raise ValueError(f"request {request.id!r}: prompt must hold at least one token")
         if request.max_new_tokens < 1:
@@ -165,28 +175,22 @@ class Scheduler:
             raise RuntimeError(f"the {lane} lane has not ended its batch yet")
         if lane not in self.policy.lanes:
             return None
-        if lane == BACKGROUND and self.flag.paused(BE):
-            return None
-        if lane == FOREGROUND:
-            self.wake_s = None
-        view = self._view()
-        plan = self.policy.next_batch(lane, view)
-        preempts = lane == FOREGROUND and self.policy.granularity is not None
-        if preempts and plan is not None and self._owes_a_slice():
-            plan = None
-        rows = self._rows(plan) if plan else []
-        if not rows:
-            if preempts:
-                self.release()
+        now = self.clock()
+        self.wake_s.pop(lane, None)
+        paused = lane == BACKGROUND and self.flag.paused(BE)
+        plan = None if paused else self.policy.next_batch(lane, self._view(lane, now))
+        if plan is None:
+            self._stand_by(lane, now)
             return None
         self._batches += 1
-        batch = Batch(self._batches, lane, plan.kind, tuple(rows), self.clock())
-        for row in rows:
+        batch = Batch(self._batches, lane, plan.kind, tuple(self._rows(plan)), now)
+        for row in batch.rows:
             row.request.state = State.RUNNING
             row.request.in_flight = True
+        self._prefills[lane] = self._prefills[lane] + 1 if plan.kind == "prefill" else 0
         self.running[lane] = batch
-        if preempts:
-            self._pause()
+        if lane == FOREGROUND and self.policy.granularity is not None:
+            self._pause(now)
         return batch
 
     def complete(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
@@ -222,43 +226,66 @@ class Scheduler:
             else:
                 row.request.alone = True
 
-    def abort(self, error: str) -> None:
-        """End every open request that is not part of an iteration; used when the driver stops."""
+    def abort(self, error: str, lane: str) -> None:
+        """``lane`` has ended for good: end its requests, and those that no lane has in flight.
+
+        A batch of the other lane still completes; when that lane ends too, nothing is left open.
+        """
+        batch = self.running.pop(lane, None)
+        for row in batch.rows if batch else ():
+            row.request.in_flight = False
         for request in [r for r in self.requests if not r.in_flight]:
             request.error = RequestError(error)
             self._end(request, State.FAILED)
 
     # -- how a batch is made ---------------------------------------------------------------------
 
-    def _view(self) -> View:
-        ready = [r for r in self.requests if not r.in_flight]
-        urgent = sorted((r for r in ready if self._urgent(r)), key=lambda r: -r.priority)
-        patient = [r for r in ready if not self._urgent(r)]
-        self._admit(urgent)
-        self._admit(patient)
+    def _view(self, lane: str, now: float) -> View:
+        if lane == FOREGROUND:
+            self._credit_idle_time(now)
+        ready = sorted((r for r in self.requests if not r.in_flight), key=lambda r: -self._class(r, now))
+        self._admit(ready, now)
+        admitted = [r for r in ready if r.region is not None]
+        urgent = [r for r in admitted if self._class(r, now) >= LS]
+        patient = [r for r in admitted if self._class(r, now) < LS]
+        can_run = bool(patient) or BACKGROUND in self.running
         return View(
-            ls_prefill=[r for r in urgent if r.region is not None and r.prefilling],
+            ls_prefill=[r for r in urgent if r.prefilling],
             ls_decode=[r for r in urgent if not r.prefilling],
-            be_prefill=[r for r in patient if r.region is not None and r.prefilling],
+            be_prefill=[r for r in patient if r.prefilling],
             be_decode=[r for r in patient if not r.prefilling],
-            foreground_busy=FOREGROUND in self.running,
+            foreground_busy=FOREGROUND in self.running and now < self._trusted_until,
+            best_effort_due=lane == FOREGROUND and self._slice_is_due(now, can_run),
+            prefills=self._prefills[lane],
             max_batch=self.limits.max_batch,
             top_up_tokens=self.limits.top_up_tokens,
         )
 
-    def _urgent(self, request: Request) -> bool:
-        if request.priority >= LS:
-            return True
+    def _class(self, request: Request, now: float) -> int:
         age = self.limits.aging_s
-        return age is not None and self.clock() - request.arrival_s >= age
+        aged = age is not None and now - request.arrival_s >= age
+        return max(request.priority, LS) if aged else request.priority
 
-    def _admit(self, requests: Iterable[Request]) -> None:
-        """Give regions in order, and none to anyone behind one that does not fit yet."""
-        for request in requests:
-            if request.region is None:
-                request.region = self.kv.take(request.kv_tokens, urgent=request.priority >= LS)
-                if request.region is None:
-                    return
+    def _admit(self, ready: Iterable[Request], now: float) -> None:
+        """Give regions in order, and none to anyone behind one that does not fit yet, so that a large
+        request is not overtaken for ever.
+
+        The floor is worth nothing without memory: best-effort work that has been crowded out of it
+        goes first, and if it does not fit yet, urgent requests get no more than the reserve.
+        """
+        waiting = [r for r in ready if r.region is None]
+        if not self.policy.by_class:
+            waiting.sort(key=lambda r: r.arrival_s)
+        patient = next((r for r in waiting if r.priority < LS), None)
+        crowded = patient is not None and self._crowded_out(now) and not self._place(patient)
+        for request in waiting:
+            if request.region is None and not self._place(request, reserve_only=crowded):
+                return
+
+    def _place(self, request: Request, reserve_only: bool = False) -> bool:
+        urgent = request.priority >= LS
+        request.region = self.kv.take(request.kv_tokens, urgent, reserve_only=reserve_only)
+        return request.region is not None
 
     def _rows(self, plan: Plan) -> list[Row]:
         first = plan.requests[0]
@@ -293,9 +320,8 @@ class Scheduler:
         del self.running[batch.lane]
         for row in batch.rows:
             row.request.in_flight = False
-        if batch.lane == FOREGROUND and self._left_behind(batch):
-            share = self.limits.be_floor / (1 - self.limits.be_floor)
-            self._owed_s += share * (self.clock() - batch.started_s)
+        if batch.lane == FOREGROUND:
+            self._charge(batch, self.clock())
 
     def _token(self, request: Request, token: int, margin: float) -> None:
         now = self.clock()
@@ -320,7 +346,11 @@ class Scheduler:
 
     # -- pauses and the floor --------------------------------------------------------------------
 
-    def _pause(self) -> None:
+    def _pause(self, now: float) -> None:
+        behind = self.running.get(BACKGROUND)
+        if behind is not None and any(self._class(row.request, now) >= LS for row in behind.rows):
+            self.release()  # it holds an aged request, which only running can bring to its end
+            return
         for c in range(LS):
             self.flag.pause(c, owner=self, timeout_s=self.limits.pause_timeout_s)
 
@@ -329,26 +359,56 @@ class Scheduler:
         for c in range(LS):
             self.flag.resume(c, owner=self)
 
-    def _left_behind(self, batch: Batch) -> bool:
-        """Whether best-effort work stood still while ``batch`` ran."""
-        riding = {row.request for row in batch.rows}
-        return any(r.priority < LS and r not in riding for r in self.requests)
+    def _stand_by(self, lane: str, now: float) -> None:
+        """There is nothing for ``lane`` now; note when there may be, other than by an event."""
+        if lane == FOREGROUND:
+            self.release()
+            if now < self._slice_until:
+                self.wake_s[lane] = self._slice_until
+        elif FOREGROUND in self.running and now < self._trusted_until:
+            self.wake_s[lane] = self._trusted_until
 
-    def _owes_a_slice(self) -> bool:
-        """Whether the foreground must stand back now so that best-effort work gets its floor."""
-        now = self.clock()
-        waiting = BACKGROUND in self.running or any(not self._urgent(r) for r in self.requests)
-        if not waiting:
-            self._owed_s, self._slice_until = 0.0, None
-            return False
-        if self._slice_until is None and self._owed_s >= self.limits.be_slice_s:
-            self._slice_until = now + self._owed_s
+    @property
+    def _trusted_until(self) -> float:
+        """When the foreground's iteration is taken for hung; its pause ends then, too."""
+        return self.running[FOREGROUND].started_s + self.limits.pause_timeout_s
+
+    # What the floor owes grows with every urgent iteration that leaves best-effort work behind, and
+    # shrinks by the time that best-effort work gets, in a slice or because nothing urgent is there.
+
+    def _charge(self, batch: Batch, now: float) -> None:
+        took = min(now, batch.started_s + self.limits.pause_timeout_s) - batch.started_s
+        riding = {row.request for row in batch.rows}
+        if not batch.urgent:
+            # More than was owed counts against the next slice, but only this once.
+            self._owed_s = max(self._owed_s, 0.0) - took
+        elif any(r.priority < LS and r not in riding for r in self.requests):
+            self._owed_s += self._owed_per_s * took
+        self._settled_s = now
+
+    def _credit_idle_time(self, now: float) -> None:
+        best_effort = [r for r in self.requests if r.priority < LS]
+        if not best_effort:
             self._owed_s = 0.0
-        if self._slice_until is not None and now < self._slice_until:
-            self.wake_s = self._slice_until
+        elif self._owed_s > 0 and any(r.region is not None for r in best_effort):
+            self._owed_s = max(self._owed_s - (now - self._settled_s), 0.0)
+        self._settled_s = now
+
+    def _slice_is_due(self, now: float, can_run: bool) -> bool:
+        """Whether urgent work must stand back now so that best-effort work gets its floor."""
+        if not can_run:
+            # No slice for nobody; nor a huge one later for all the time without memory.
+            self._owed_s, self._slice_until = min(self._owed_s, self.limits.be_slice_s), -math.inf
+        elif self._owed_s >= self.limits.be_slice_s and now >= self._slice_until:
+            self._slice_until = now + self._owed_s
+        return now < self._slice_until
+
+    def _crowded_out(self, now: float) -> bool:
+        """Whether best-effort work holds no memory though it is owed time, or though nobody else runs."""
+        if FOREGROUND in self.running and now >= self._trusted_until:
             return True
-        self._slice_until = None
-        return False
+        held = any(r.priority < LS and r.region is not None for r in self.requests)
+        return self._owed_s >= self.limits.be_slice_s and not held
 
     @property
     def idle(self) -> bool:

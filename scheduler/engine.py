@@ -30,6 +30,8 @@ SWITCH_INTERVAL_S = 0.0005
 """How long one lane's Python code may hold the interpreter when the other wants it. Python's default of
 5 ms is as long as a tile."""
 
+FLAG_WAIT_S = 0.2
+
 
 class Engine:
     """Serves latency-sensitive and best-effort requests on one Hugging Face MoE model.
@@ -57,6 +59,8 @@ class Engine:
         backend: str = "auto",
         clock: Callable[[], float] = time.monotonic,
     ):
+        if model.training:
+            raise ValueError("model is in training mode; call model.eval() first")
         self.model, self.clock, self.log = model, clock, Log(clock)
         device = next(model.parameters()).device
         self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event)
@@ -68,12 +72,14 @@ class Engine:
             uninstall(model)
             raise
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._closed = False
         self._names = count()
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._switch_interval, SWITCH_INTERVAL_S))
         lanes = self.scheduler.policy.lanes
-        self._threads = [threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes]
+        self._threads = [
+            threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -129,13 +135,12 @@ class Engine:
     def close(self) -> None:
         """Finish the iterations that run, fail the requests that are left, and give the model back."""
         with self._changed:
-            if self._closing:
+            if self._closed:
                 return
-            self._closing = True
+            self._closed = self._closing = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        self.scheduler.abort("the engine was closed")
         self.runner.close()
         uninstall(self.model)
         sys.setswitchinterval(self._switch_interval)
@@ -149,39 +154,58 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------
 
     def _lane(self, lane: str) -> None:
-        with self.runner.lane(lane):
-            while (batch := self._next(lane)) is not None:
-                self._run(batch)
-        if lane == FOREGROUND:
-            self.scheduler.release()
+        error = "the engine was closed"
+        try:
+            with self.runner.lane(lane):
+                while (batch := self._next(lane)) is not None:
+                    self._run(batch)
+        except BaseException as bug:
+            error = f"the {lane} lane died: {bug!r}"
+            raise
+        finally:
+            # Whatever ended this lane, no caller may be left waiting and no pause may be left behind.
+            with self._changed:
+                self._closing = True
+                self.scheduler.abort(error, lane)
+                if lane == FOREGROUND:
+                    self.scheduler.release()
+                self._changed.notify_all()
 
     def _next(self, lane: str) -> Batch | None:
-        with self._changed:
-            while not self._closing:
+        while True:
+            if lane == BACKGROUND:
+                # Stand here, without the lock, while paused: whoever waits at the flag also ends the
+                # pauses that are past their deadline. Now and then, see whether the engine closes.
+                self.flag.wait(BE, FLAG_WAIT_S)
+            with self._changed:
+                if self._closing:
+                    return None
                 batch = self.scheduler.next(lane)
                 if batch is not None:
+                    self.log.begin(batch, self._granularity(batch))
                     return batch
-                wake = None
                 if lane == FOREGROUND:
-                    wake = self.scheduler.wake_s
                     self._changed.notify_all()  # the background lane may start now
+                elif self.flag.paused(BE):
+                    continue
+                wake = self.scheduler.wake_s.get(lane)
                 self._changed.wait(None if wake is None else max(wake - self.clock(), 0.0))
-        return None
 
     def _run(self, batch: Batch) -> None:
-        granularity = self.scheduler.policy.granularity if batch.lane == BACKGROUND else None
         try:
-            outcomes = self.runner.run(batch, granularity)
+            outcomes = self.runner.run(batch, self._granularity(batch))
         except Exception as error:
+            outcomes = error
+        with self._changed:
             self.log.end(batch)
-            with self._changed:
-                self.scheduler.fail(batch, error)
-                self._changed.notify_all()
-        else:
-            self.log.end(batch)
-            with self._changed:
+            if isinstance(outcomes, Exception):
+                self.scheduler.fail(batch, outcomes)
+            else:
                 self.scheduler.complete(batch, outcomes)
-                self._changed.notify_all()
+            self._changed.notify_all()
+
+    def _granularity(self, batch: Batch) -> str | None:
+        return self.scheduler.policy.granularity if batch.lane == BACKGROUND else None
 
     def _cancel(self, request: Request) -> None:
         with self._changed:

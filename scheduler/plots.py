@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qllm_ops.scheduler.report import LS_ALONE, RunRecord, Span
+
+from qllm_ops.scheduler.records import LS_ALONE, RunRecord, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,9 +74,15 @@ def _title(figure: Figure, meta: dict[str, Any], height: float) -> None:
     model = meta.get("model", "unnamed model")
     x = 0.06
     figure.text(x, 1 - 0.32 / height, f"Replay of {model}", fontsize=15, weight="bold", va="center")
-    below = " · ".join(str(meta[key]) for key in ("device", "workload") if meta.get(key))
-    below += f" · {str(meta['date'])[:10]}" if meta.get("date") else ""
-    figure.text(x, 1 - 0.62 / height, f"on {below}", fontsize=10.5, color="#555555", va="center")
+    facts = (meta.get("device"), meta.get("workload"), str(meta.get("date") or "")[:10])
+    figure.text(
+        x,
+        1 - 0.62 / height,
+        " · ".join(str(fact) for fact in facts if fact),
+        fontsize=10.5,
+        color="#555555",
+        va="center",
+    )
 
 
 # -- distributions ---------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ def _distributions(figure: Figure, report: dict[str, Any], runs: dict[str, RunRe
             ax.set_ylabel("share of requests", fontsize=9.5)
         ax.set_title(f"Time to first token: {title}", fontsize=11.5, loc="left", weight="bold", pad=20)
         values = {}
-        for name, run in runs.items():
+        for name, run in sorted(runs.items(), key=lambda item: item[0] == LS_ALONE):  # LS alone last
             requests = [f for f in run.finished if (f.priority > 0) == urgent]
             if requests and (urgent or name != LS_ALONE):
                 times = sorted(f.ttft_s for f in requests if f.status == "done" and f.ttft_s is not None)
@@ -168,12 +175,12 @@ def policy_color(name: str, among: Iterable[str]) -> str:
 
 def _strips(figure: Figure, policies: dict[str, RunRecord], height: float) -> None:
     top, bottom = 1 - 4.85 / height, 0.5 / height
-    end = max(run.wall_s for run in policies.values()) or 1.0
+    end = max(_length(run) for run in policies.values()) or 1.0
     zoom = typical_request(policies)
     widths = [2.0, 1.0] if zoom else [1.0]
     grid = figure.add_gridspec(
         len(policies), len(widths), left=0.105, right=0.985, top=top, bottom=bottom,
-        hspace=0.16, wspace=0.035, width_ratios=widths,
+        hspace=0.16, wspace=0.07, width_ratios=widths,
     )  # fmt: skip
     axes = [
         [figure.add_subplot(grid[row, column]) for column in range(len(widths))]
@@ -220,7 +227,7 @@ def typical_request(policies: dict[str, RunRecord]) -> tuple[str, float, float] 
         return None
     comparable.sort(key=lambda key: max(waits[key]) - min(waits[key]))
     key = comparable[len(comparable) // 2]
-    width = min(1.35 * max(waits[key]), max(run.wall_s for run in policies.values()) / 3)
+    width = min(1.35 * max(waits[key]), max(_length(run) for run in policies.values()) / 3)
     start = max(0.0, arrival[key] - 0.1 * width)
     return key, start, start + width
 
@@ -232,10 +239,11 @@ def _strip(ax: Axes, run: RunRecord, window: tuple[float, float]) -> None:
         key = (SPAN_COLORS[_class_of(span), span.kind], span.lane)
         bars.setdefault(key, []).append((span.start_s, span.end_s - span.start_s))
     for (color, lane), extents in bars.items():
+        extents = _visible(extents, window)
         # A white line parts iterations, but would wipe out those of a few pixels.
         edges = ["white" if width > (end - start) / 150 else color for _, width in extents]
         ax.broken_barh(extents, (ROWS[lane] + 0.12, 0.76), facecolors=color, edgecolors=edges, linewidth=0.5)
-    _pauses(ax, run)
+    _pauses(ax, run, window)
     arrivals = [f.arrival_s for f in run.finished if f.priority > 0]
     ax.plot(arrivals, [ARRIVALS_ROW] * len(arrivals), "v", color=SPAN_COLORS["LS", "prefill"], markersize=5)
     ax.set_xlim(start, end)
@@ -247,10 +255,25 @@ def _strip(ax: Axes, run: RunRecord, window: tuple[float, float]) -> None:
     _no_frame(ax)
 
 
-def _pauses(ax: Axes, run: RunRecord) -> None:
+def _visible(extents: list[tuple[float, float]], window: tuple[float, float]) -> list[tuple[float, float]]:
+    """(start, width) of what lies in the window, neighbours of less than a pixel merged."""
+    pixel = (window[1] - window[0]) / 1000
+    seen: list[tuple[float, float]] = []
+    for start, width in sorted(extents):
+        if start > window[1] or start + width < window[0]:
+            continue
+        last = seen[-1] if seen else None
+        if last and width < pixel and start - sum(last) < pixel / 2 and last[1] < 20 * pixel:
+            seen[-1] = (last[0], max(last[1], start + width - last[0]))
+        else:
+            seen.append((start, width))
+    return seen
+
+
+def _pauses(ax: Axes, run: RunRecord, window: tuple[float, float]) -> None:
     stopped = [p for p in run.pauses if p.parked_s is not None]
     if stopped:
-        extents = [(p.asked_s, p.resumed_s - p.asked_s) for p in stopped]
+        extents = _visible([(p.asked_s, p.resumed_s - p.asked_s) for p in stopped], window)
         ax.broken_barh(
             extents,
             (0.12, 0.76),
@@ -287,13 +310,18 @@ def _span_legend(figure: Figure, height: float, runs: Iterable[RunRecord]) -> No
         if (cls, kind) in present
     ]
     handles.append(Patch(facecolor="white", edgecolor=PAUSE_COLOR, hatch="//////", label="BE paused"))
-    for label, fill in (("a pause begins", PAUSE_COLOR), ("... and finds BE idle", "white")):
+    for label, fill in (("a pause begins", PAUSE_COLOR), ("... and stops nothing", "white")):
         mark = {"color": PAUSE_COLOR, "marker": "^", "markersize": 5, "markerfacecolor": fill}
         handles.append(Line2D([], [], linestyle="", label=label, **mark))
     figure.legend(
         handles=handles, ncols=len(handles), loc="center", bbox_to_anchor=(0.5, 1 - 4.38 / height),
         fontsize=9, frameon=False, handlelength=1.4, columnspacing=1.5,
     )  # fmt: skip
+
+
+def _length(run: RunRecord) -> float:
+    # What failed or was cancelled after the last token still kept a lane busy.
+    return max([run.wall_s, *(span.end_s for span in run.spans)])
 
 
 def _class_of(span: Span) -> str:

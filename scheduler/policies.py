@@ -29,7 +29,9 @@ class View:
     ls_decode: Sequence[Request]
     be_prefill: Sequence[Request]
     be_decode: Sequence[Request]
-    foreground_busy: bool
+    foreground_busy: bool  # False too for an iteration that has outlived the pause it was given
+    best_effort_due: bool  # best-effort work is owed its floor, and some of it can run
+    prefills: int  # prefill iterations of this lane since its last decode
     max_batch: int  # rows of a decode batch
     top_up_tokens: int  # best-effort prompt tokens that may ride in an urgent prefill
 
@@ -45,11 +47,17 @@ class Plan:
 
 
 class Policy(Protocol):
-    """``granularity`` is where paused work stops: None (never within an iteration), "layer", "tile"."""
+    """What a policy is.
+
+    ``granularity`` is where paused work stops: None (never within an iteration), "layer", "tile".
+    ``by_class`` says whether an urgent request gets memory before one that came earlier, and
+    whether best-effort work, being passed over, is owed its floor.
+    """
 
     name: str
     lanes: tuple[str, ...]
     granularity: str | None
+    by_class: bool
 
     def next_batch(self, lane: str, view: View) -> Plan | None: ...
 
@@ -63,11 +71,12 @@ class Fcfs:
     name = "fcfs"
     lanes = (FOREGROUND,)
     granularity = None
+    by_class = False
 
     def next_batch(self, lane: str, view: View) -> Plan | None:
         prefill = sorted([*view.ls_prefill, *view.be_prefill], key=lambda r: r.arrival_s)
         decode = sorted([*view.ls_decode, *view.be_decode], key=lambda r: r.arrival_s)
-        if prefill and len(decode) < view.max_batch:
+        if prefill and not decode_is_due(decode, view):
             return Plan("prefill", prefill)
         return Plan("decode", decode) if decode else None
 
@@ -78,8 +87,11 @@ class Priority:
     name = "priority"
     lanes = (FOREGROUND,)
     granularity = None
+    by_class = True
 
     def next_batch(self, lane: str, view: View) -> Plan | None:
+        if view.best_effort_due:
+            return best_effort_batch(view)
         return urgent_batch(view) or best_effort_batch(view)
 
 
@@ -87,19 +99,20 @@ class Preempting:
     """Urgent iterations start at once and pause best-effort ones inside their forward pass."""
 
     lanes = (FOREGROUND, BACKGROUND)
+    by_class = True
 
     def __init__(self, name: str, granularity: str):
         self.name, self.granularity = name, granularity
 
     def next_batch(self, lane: str, view: View) -> Plan | None:
         if lane == FOREGROUND:
-            return urgent_batch(view)
+            return None if view.best_effort_due else urgent_batch(view)
         return None if view.foreground_busy else best_effort_batch(view)
 
 
 def urgent_batch(view: View) -> Plan | None:
     """The urgent part of the paper's Algorithm 1."""
-    if len(view.ls_decode) >= view.max_batch:
+    if decode_is_due(view.ls_decode, view):
         return Plan("decode", view.ls_decode)
     if view.ls_prefill:
         return Plan("prefill", view.ls_prefill, riders=view.be_prefill, rider_tokens=view.top_up_tokens)
@@ -113,9 +126,18 @@ def best_effort_batch(view: View) -> Plan | None:
 
     Algorithm 1 decodes first, which runs most best-effort decode steps nearly empty.
     """
-    if view.be_prefill and len(view.be_decode) < view.max_batch:
+    if view.be_prefill and not decode_is_due(view.be_decode, view):
         return Plan("prefill", view.be_prefill)
     return Plan("decode", view.be_decode) if view.be_decode else None
+
+
+def decode_is_due(decode: Sequence[Request], view: View) -> bool:
+    """Whether these decode before any waiting prompt: they fill a batch, or have waited long enough.
+
+    Prompts that end with their first token never fill the batch; an endless row of them would
+    otherwise keep the others from their second one for ever.
+    """
+    return bool(decode) and (len(decode) >= view.max_batch or view.prefills >= view.max_batch)
 
 
 POLICIES: dict[str, Policy] = {

@@ -1,20 +1,19 @@
-"""What a replay measured, as records, and what is said about it: summaries, comparisons, a table.
+"""What is said about runs: summaries, comparisons, the report and its table.
 
-Everything here is a pure function of records; nothing runs a model. All times are in seconds on the clock of
-one run, which starts at 0 with the workload.
+Everything here is a pure function of records; nothing runs a model.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,117 +23,37 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-LS_ALONE = "ls_alone"
-"""Name of the run of the LS requests with no BE at all: the limit every policy is held against."""
+from qllm_ops.scheduler.records import LS_ALONE, STATUSES, Finished, Pause, RunRecord, Span
 
-STATUSES = ("done", "failed", "cancelled", "refused")
+__all__ = [
+    "LS_ALONE",
+    "TIE_TOLERANCE",
+    "Finished",
+    "Pause",
+    "RunRecord",
+    "Span",
+    "build_report",
+    "compare_tokens",
+    "device_meta",
+    "print_table",
+    "summarise",
+    "write_json",
+]
 
 TIE_TOLERANCE = 1e-3
 """Logits of one request in two differently batched fp32 runs agree to about 1e-4; this leaves some room."""
 
-
-# -- records ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Finished:
-    """One request after its end.
-
-    Attributes:
-        priority: 1 (LS) or 0 (BE).
-        first_token_s: when the first token was there; None if none ever was.
-        output_tokens: how many tokens were generated.
-        status: "done", "failed", "cancelled" or "refused" (never admitted).
-        error: what went wrong, if anything did.
-        tokens: the generated token ids.
-        margins: best logit minus second-best logit at each generated token.
-    """
-
-    id: str
-    priority: int
-    arrival_s: float
-    first_token_s: float | None
-    finish_s: float
-    prompt_tokens: int
-    output_tokens: int
-    status: str = "done"
-    error: str | None = None
-    tokens: list[int] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise ValueError(f"status of {self.id} must be one of {', '.join(STATUSES)}, got {self.status!r}")
-
-    @property
-    def ttft_s(self) -> float | None:
-        """Time to first token."""
-        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Time per output token after the first; None with fewer than two tokens."""
-        if self.first_token_s is None or self.output_tokens < 2:
-            return None
-        return (self.finish_s - self.first_token_s) / (self.output_tokens - 1)
-
-    @property
-    def turnaround_s(self) -> float:
-        """Arrival to last token."""
-        return self.finish_s - self.arrival_s
-
-
-@dataclass
-class Pause:
-    """One time that a lane was asked to stand still.
-
-    Attributes:
-        lane: whose work was paused: "background".
-        asked_s: when the flag was written.
-        parked_s: when the lane stood still; None if it was idle, or the pause ended before it did.
-        resumed_s: when the lane was let go.
-        where: between what it stood still: "tile", "layer" or "attention".
-    """
-
-    lane: str
-    asked_s: float
-    parked_s: float | None
-    resumed_s: float
-    where: str
-
-
-@dataclass
-class Span:
-    """One iteration of one lane, pauses included.
-
-    Attributes:
-        lane: "foreground" or "background".
-        kind: "prefill" or "decode".
-        ls_rows, be_rows: sequences of each class in the batch.
-        tokens: tokens that went through the model.
-    """
-
-    lane: str
-    start_s: float
-    end_s: float
-    kind: str
-    ls_rows: int
-    be_rows: int
-    tokens: int
-    request_ids: Sequence[str] = ()
-
-
-@dataclass
-class RunRecord:
-    """Everything that one policy did with one workload. ``wall_s`` is start to last token."""
-
-    policy: str
-    wall_s: float
-    finished: list[Finished] = field(default_factory=list)
-    pauses: list[Pause] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    wasted_tiles: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+VERSUS_FCFS = {
+    "ls_ttft_mean": ("ls", "ttft_s", "mean"),
+    "ls_turnaround_mean": ("ls", "turnaround_s", "mean"),
+    "be_turnaround_mean": ("be", "turnaround_s", "mean"),
+    "tokens_per_s": ("tokens_per_s",),
+}
+VERSUS_LS_ALONE = {
+    "ls_ttft_mean": ("ls", "ttft_s", "mean"),
+    "ls_ttft_p99": ("ls", "ttft_s", "p99"),
+    "ls_turnaround_mean": ("ls", "turnaround_s", "mean"),
+}
 
 
 # -- one run ---------------------------------------------------------------------------------------------
@@ -242,7 +161,7 @@ def compare_tokens(baseline: RunRecord, other: RunRecord, tolerance: float = TIE
             continue
         shortest = min(len(a.tokens), len(b.tokens))
         step = next((i for i in range(shortest) if a.tokens[i] != b.tokens[i]), shortest)
-        margins = [run.margins[step] if step < len(run.margins) else None for run in (a, b)]
+        margins = [_finite(run.margins[step]) if step < len(run.margins) else None for run in (a, b)]
         tokens = [run.tokens[step] if step < len(run.tokens) else None for run in (a, b)]
         excused = None not in tokens and all(m is not None and m <= tolerance for m in margins)
         (ties if excused else mismatches).append(
@@ -256,6 +175,11 @@ def compare_tokens(baseline: RunRecord, other: RunRecord, tolerance: float = TIE
         "only_in_baseline": [key for key in ours if key not in theirs],
         "only_in_other": [key for key in theirs if key not in ours],
     }
+
+
+def _finite(value: float) -> float | None:
+    # A broken model's margins may be NaN, which is no JSON and no excuse either.
+    return value if math.isfinite(value) else None
 
 
 def build_report(
@@ -283,42 +207,34 @@ def build_report(
         raise ValueError(f"slo_s must be a positive number of seconds, got {slo_s!r}")
     summaries = {name: summarise(run, slo_s) for name, run in runs.items()}
     alone = summaries.pop(LS_ALONE, None)
-    fcfs = summaries.get("fcfs")
-    versus_fcfs = {
-        name: {
-            "ls_ttft_mean": _over(s, fcfs, "ls", "ttft_s", "mean"),
-            "ls_turnaround_mean": _over(s, fcfs, "ls", "turnaround_s", "mean"),
-            "be_turnaround_mean": _over(s, fcfs, "be", "turnaround_s", "mean"),
-            "tokens_per_s": _over(s, fcfs, "tokens_per_s"),
-        }
-        for name, s in summaries.items()
-        if fcfs is not None and name != "fcfs"
-    }
-    versus_alone = {
-        name: {
-            "ls_ttft_mean": _over(s, alone, "ls", "ttft_s", "mean"),
-            "ls_ttft_p99": _over(s, alone, "ls", "ttft_s", "p99"),
-            "ls_turnaround_mean": _over(s, alone, "ls", "turnaround_s", "mean"),
-        }
-        for name, s in summaries.items()
-        if alone is not None
-    }
     return {
         "meta": meta,
         "slo_s": slo_s,
         "policies": summaries,
         LS_ALONE: alone,
-        "versus_fcfs": versus_fcfs,
-        "versus_ls_alone": versus_alone,
+        "versus_fcfs": _versus(summaries, "fcfs", summaries.get("fcfs"), VERSUS_FCFS),
+        "versus_ls_alone": _versus(summaries, LS_ALONE, alone, VERSUS_LS_ALONE),
         "tokens": _token_block(runs, tie_tolerance),
         "notes": _notes(summaries, alone),
     }
 
 
-def _over(a: dict[str, Any], b: dict[str, Any], *path: str) -> float | None:
+def _versus(
+    summaries: dict[str, Any], name: str, base: dict[str, Any] | None, measures: dict[str, tuple[str, ...]]
+) -> dict[str, dict[str, float | None]]:
+    if base is None:
+        return {}
+    return {
+        policy: {measure: _ratio(_at(s, path), _at(base, path)) for measure, path in measures.items()}
+        for policy, s in summaries.items()
+        if policy != name
+    }
+
+
+def _at(summary: dict[str, Any], path: tuple[str, ...]) -> Any:
     for key in path:
-        a, b = a[key], b[key]
-    return _ratio(a, b)
+        summary = summary[key]
+    return summary
 
 
 def _token_block(runs: dict[str, RunRecord], tolerance: float) -> dict[str, Any]:

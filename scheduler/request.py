@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -128,10 +129,11 @@ class Handle:
     def stream(self) -> Iterator[int]:
         """Yield each token when it is made; raises as :meth:`result` does when the request ends badly.
 
-        Meant for one consumer, once.
+        Meant for one consumer, once: each token goes to one reader only.
         """
         while (token := self._tokens.get()) is not None:
             yield token
+        self._tokens.put(None)  # whoever reads again finds the end, not silence
         self._raise()
 
     def result(self, timeout_s: float | None = None) -> list[int]:

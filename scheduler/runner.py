@@ -41,6 +41,8 @@ class Runner:
         except BaseException:
             self.close()
             raise
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the lanes' streams do not wait for this one
 
     def close(self) -> None:
         self.model.set_attn_implementation(self._attention)
@@ -66,7 +68,6 @@ class Runner:
     def run(self, batch: Batch, granularity: str | None) -> list[Outcome]:
         """One forward pass; one outcome per row. ``granularity`` is where it stops while its class is
         paused: None (nowhere), "layer" or "tile"."""
-        self.log.begin(batch, granularity)
         segments, start = [], 0
         for row in batch.rows:
             segments.append(Segment(start, len(row.tokens), row.start, row.request.region))
@@ -116,7 +117,9 @@ class Runner:
     @torch.inference_mode()
     def _probe_plain(self) -> torch.Tensor:
         ids = torch.tensor([self._probe_ids()], device=self.device)
-        out = self.model(input_ids=ids, past_key_values=DynamicCache(config=self.model.config), use_cache=True)
+        out = self.model(
+            input_ids=ids, past_key_values=DynamicCache(config=self.model.config), use_cache=True
+        )
         return out.logits[0].float().cpu()
 
     @torch.inference_mode()
@@ -135,6 +138,6 @@ class Runner:
         if not error <= allowed:
             raise ValueError(
                 f"{type(self.model).__name__}: with the engine's attention the logits of a probe differ by "
-                f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention is not "
-                "supported"
+                f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention is "
+                "not supported"
             )

@@ -7,11 +7,12 @@ stand apart, so what overlaps is spread over several threads of the same name.
 
 from __future__ import annotations
 
+import heapq
 import json
 from pathlib import Path
 from typing import Any
 
-from qllm_ops.scheduler.report import LS_ALONE, Finished, Pause, RunRecord, Span
+from qllm_ops.scheduler.records import LS_ALONE, Finished, Pause, RunRecord, Span
 
 Event = dict[str, Any]
 
@@ -102,16 +103,16 @@ def _named(what: str, pid: int, tid: int, **args: Any) -> Event:
 
 
 def _rows(families: list[list[Event]]) -> list[list[list[Event]]]:
-    """Spread families (an outer slice first, then what lies in it) over rows without overlap, greedily."""
+    """Spread families (an outer slice first, then what lies in it) over the fewest rows without overlap."""
     rows: list[list[list[Event]]] = []
-    ends: list[int] = []
+    free: list[tuple[int, int]] = []  # a heap of (end of a row's last family, row)
     for family in sorted(families, key=lambda family: family[0]["ts"]):
         ts, end = family[0]["ts"], family[0]["ts"] + family[0]["dur"]
-        free = next((i for i, last in enumerate(ends) if last <= ts), None)
-        if free is None:
-            rows.append([family])
-            ends.append(end)
+        if free and free[0][0] <= ts:
+            _, row = heapq.heappop(free)
         else:
-            rows[free].append(family)
-            ends[free] = end
+            row = len(rows)
+            rows.append([])
+        rows[row].append(family)
+        heapq.heappush(free, (end, row))
     return rows

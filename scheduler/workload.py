@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-LS, BE = 1, 0
-"""The two priority classes: latency-sensitive and best-effort."""
+from qllm_ops.scheduler.request import BE, LS
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 

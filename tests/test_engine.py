@@ -1,0 +1,342 @@
+"""The engine on tiny models: the same tokens as transformers, whatever is paused, cancelled or broken."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from tiny_models import refused_model
+
+from qllm_ops.models.presets import make_preset
+from qllm_ops.scheduler import attention
+from qllm_ops.scheduler.core import Limits
+from qllm_ops.scheduler.engine import Engine
+from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, POLICIES
+from qllm_ops.scheduler.request import BE, LS, RequestCancelled, RequestError
+
+WAIT_S = 60.0
+LIMITS = Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_preset("tiny")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    draw = random.Random(f"{length}/{seed}")
+    return [draw.randrange(128) for _ in range(length)]
+
+
+def generated(model, ids: list[int], new: int) -> list[int]:
+    ids = torch.tensor([ids])
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+    return out[0, ids.shape[1] :].tolist()
+
+
+def record_logits(engine: Engine) -> dict[tuple[str, int], torch.Tensor]:
+    """Every row's logits from now on, by (request, position)."""
+    seen, outcome = {}, engine.runner._outcome
+
+    def note(row, logits):
+        seen[row.request.id, row.end] = logits.clone()
+        return outcome(row, logits)
+
+    engine.runner._outcome = note
+    return seen
+
+
+def assert_same_logits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+# -- the same answer as transformers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_mixed_requests_get_the_tokens_of_generate(model, policy):
+    requests = [(prompt(n, i), priority) for i, (n, priority) in enumerate(
+        [(700, BE), (5, LS), (40, BE), (300, LS), (1, BE), (64, LS)]
+    )]  # fmt: skip
+    expected = [generated(model, ids, 6) for ids, _ in requests]
+    with Engine(model, policy=policy, limits=LIMITS) as engine:
+        handles = [engine.submit(ids, priority=p, max_new_tokens=6) for ids, p in requests]
+        assert [handle.result(WAIT_S) for handle in handles] == expected
+        kinds = {(span.lane, span.kind) for span in engine.log.spans}
+    assert (FOREGROUND, "prefill") in kinds
+    assert ((BACKGROUND, "prefill") in kinds) == (POLICIES[policy].granularity is not None)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_best_effort_rows_ride_in_an_urgent_decode_batch(model, policy):
+    with Engine(model, policy=policy, limits=LIMITS) as engine:
+        be = engine.submit(prompt(30), max_new_tokens=200)
+        next(be.stream())
+        ls = engine.submit(prompt(8), priority=LS, max_new_tokens=5)
+        assert ls.result(WAIT_S) == generated(model, prompt(8), 5)
+        assert be.result(WAIT_S) == generated(model, prompt(30), 200)
+        mixed = [s for s in engine.log.spans if s.kind == "decode" and s.ls_rows and s.be_rows]
+    assert [span.tokens for span in mixed] == [2] * 4
+
+
+@pytest.mark.parametrize("preset", ["tiny-qwen3-moe", "tiny-olmoe", "tiny-deepseek-v3"])
+def test_other_architectures(preset):
+    model = make_preset(preset)
+    requests = [prompt(n) for n in (70, 3, 200)]
+    expected = [generated(model, ids, 5) for ids in requests]
+    with Engine(model, limits=Limits(kv_tokens=1024, kv_reserve=0, prefill_tokens=64)) as engine:
+        handles = [engine.submit(ids, priority=i % 2, max_new_tokens=5) for i, ids in enumerate(requests)]
+        assert [handle.result(WAIT_S) for handle in handles] == expected
+
+
+def test_a_sliding_window():
+    model = make_preset("tiny")
+    model.config.sliding_window = 16
+    requests = [prompt(n) for n in (90, 10, 40)]
+    expected = [generated(model, ids, 5) for ids in requests]
+    with Engine(model, limits=Limits(kv_tokens=1024, kv_reserve=0, prefill_tokens=32)) as engine:
+        handles = [engine.submit(ids, max_new_tokens=5) for ids in requests]
+        assert [handle.result(WAIT_S) for handle in handles] == expected
+
+
+def test_the_model_can_be_used_beside_the_engine_and_is_given_back(model):
+    ids = prompt(30)
+    before = (model.config._attn_implementation, model.config._experts_implementation)
+    expected = generated(model, ids, 5)
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(400), max_new_tokens=20)
+        assert generated(model, ids, 5) == expected
+        handle.result(WAIT_S)
+    assert (model.config._attn_implementation, model.config._experts_implementation) == before
+
+
+# -- preemption changes nothing -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["layer", "tile"])
+def test_a_paused_pass_resumes_where_it_stood_bit_for_bit(model, policy):
+    """A second thread pauses and resumes best-effort work at random while one request runs."""
+
+    def run(disturb: bool):
+        with Engine(model, policy=policy, limits=LIMITS) as engine:
+            logits = record_logits(engine)
+            handle = engine.submit(prompt(1500), max_new_tokens=12, id="be")
+            rng = random.Random(1)
+            while disturb and not handle.done:
+                engine.flag.pause(BE, "test")
+                time.sleep(rng.uniform(0, 0.004))
+                engine.flag.resume(BE, "test")
+                time.sleep(rng.uniform(0, 0.004))
+            handle.result(WAIT_S)
+            return logits, engine.log
+
+    undisturbed, _ = run(False)
+    disturbed, log = run(True)
+    assert_same_logits(disturbed, undisturbed)
+    places = {pause.where for pause in log.pauses if pause.parked_s is not None}
+    assert places & ({"layer"} if policy == "layer" else {"tile", "attention"})
+    assert log.wasted_tiles == 0
+
+
+def test_urgent_work_overtakes_a_pass_that_has_begun(model):
+    with Engine(model, limits=Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=2048)) as engine:
+        be = engine.submit(prompt(2000), max_new_tokens=1)
+        while BACKGROUND not in engine.scheduler.running:
+            time.sleep(0.001)
+        ls = engine.submit(prompt(8), priority=LS, max_new_tokens=2)
+        ls.result(WAIT_S)
+        assert not be.done
+        be.result(WAIT_S)
+        (pass_of_be,) = (span for span in engine.log.spans if span.lane == BACKGROUND)
+        inside = [s for s in engine.log.spans if s.lane == FOREGROUND and s.start_s > pass_of_be.start_s]
+    assert len(inside) == 2
+    assert inside[-1].end_s < pass_of_be.end_s
+
+
+# -- sampling, streaming, cancelling --------------------------------------------------------------------
+
+
+def test_sampled_tokens_do_not_depend_on_the_neighbours(model):
+    options = {"max_new_tokens": 10, "temperature": 1.5, "top_p": 0.9}
+    with Engine(model, limits=LIMITS) as engine:
+        alone = engine.submit(prompt(50), seed=7, **options).result(WAIT_S)
+        handles = [engine.submit(prompt(50), seed=seed, **options) for seed in (7, 8, 9)]
+        together = [handle.result(WAIT_S) for handle in handles]
+    assert together[0] == alone
+    assert len({tuple(tokens) for tokens in together}) == 3
+
+
+def test_tokens_stream_as_they_are_made(model):
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(20), max_new_tokens=8)
+        stream = handle.stream()
+        first = next(stream)
+        rest = list(stream)
+        assert [first, *rest] == handle.result(WAIT_S) == handle.request.tokens
+        assert len(handle.request.tokens) == 8
+
+
+def test_an_end_of_sequence_token_ends_the_request(model):
+    expected = generated(model, prompt(20), 8)
+    with Engine(model, limits=LIMITS) as engine:
+        tokens = engine.submit(prompt(20), max_new_tokens=8, eos_token_id=expected[3]).result(WAIT_S)
+    assert tokens == expected[: expected.index(expected[3]) + 1]
+
+
+def test_cancel_before_and_during(model):
+    with Engine(model, limits=LIMITS) as engine:
+        running = engine.submit(prompt(1000), max_new_tokens=500)
+        assert next(running.stream()) is not None
+        engine.flag.pause(BE, "test")
+        waiting = engine.submit(prompt(10), max_new_tokens=3)
+        waiting.cancel()
+        running.cancel()
+        engine.flag.resume(BE, "test")
+        for handle in (waiting, running):
+            with pytest.raises(RequestCancelled):
+                handle.result(WAIT_S)
+        assert engine.drain(WAIT_S)
+        assert engine.scheduler.kv.free_tokens == LIMITS.kv_tokens
+
+
+# -- failures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "tile"])
+def test_a_request_that_breaks_a_pass_fails_alone(model, policy):
+    poison = [5, 5, 5, 5]
+    with Engine(model, policy=policy, limits=LIMITS) as engine:
+        forward = engine.runner._forward
+
+        def sometimes(ids, rows):
+            if any(ids[i : i + 4] == poison for i in range(len(ids))):
+                raise MemoryError("poisoned")
+            return forward(ids, rows)
+
+        engine.runner._forward = sometimes
+        engine.flag.pause(BE, "test")  # so that all of them are in one batch
+        good = [engine.submit(prompt(n), max_new_tokens=4) for n in (10, 20, 30)]
+        bad = engine.submit(poison, max_new_tokens=4)
+        engine.flag.resume(BE, "test")
+        with pytest.raises(RequestError, match="poisoned"):
+            bad.result(WAIT_S)
+        results = [handle.result(WAIT_S) for handle in good]
+    assert results == [generated(model, prompt(n), 4) for n in (10, 20, 30)]
+
+
+def test_logits_that_are_not_numbers_fail_their_row_only(model):
+    with Engine(model, limits=LIMITS) as engine:
+        forward = engine.runner._forward
+
+        def break_the_first(ids, rows):
+            logits = forward(ids, rows)
+            if len(logits) > 1:
+                logits[0] = float("nan")
+            return logits
+
+        engine.runner._forward = break_the_first
+        engine.flag.pause(BE, "test")
+        bad, good = (engine.submit(prompt(n), max_new_tokens=3) for n in (10, 11))
+        engine.flag.resume(BE, "test")
+        with pytest.raises(RequestError, match="not numbers"):
+            bad.result(WAIT_S)
+        assert good.result(WAIT_S) == generated(model, prompt(11), 3)
+
+
+def test_a_hung_foreground_lane_does_not_stop_best_effort_work(model):
+    limits = Limits(kv_tokens=4096, kv_reserve=512, pause_timeout_s=0.3, prefill_tokens=2048)
+    with Engine(model, limits=limits) as engine:
+        run, hang = engine.runner.run, threading.Event()
+
+        def hang_in_front(batch, granularity):
+            if batch.lane == FOREGROUND:
+                hang.wait(WAIT_S)
+            return run(batch, granularity)
+
+        engine.runner.run = hang_in_front
+        be = engine.submit(prompt(1500), max_new_tokens=3)
+        while BACKGROUND not in engine.scheduler.running:
+            time.sleep(0.001)
+        ls = engine.submit(prompt(5), priority=LS, max_new_tokens=2)
+        assert len(be.result(WAIT_S)) == 3
+        assert engine.flag.expired >= 1
+        assert not ls.done
+        hang.set()
+        ls.result(WAIT_S)
+
+
+@pytest.mark.parametrize("lane", [FOREGROUND, BACKGROUND])
+def test_a_lane_that_dies_leaves_nobody_waiting(model, lane, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with Engine(model, limits=LIMITS) as engine:
+        complete = engine.scheduler.complete
+
+        def die(batch, outcomes):
+            if batch.lane == lane:
+                raise RuntimeError("a bug")
+            return complete(batch, outcomes)
+
+        engine.scheduler.complete = die
+        handles = [engine.submit(prompt(600), priority=p, max_new_tokens=4) for p in (BE, LS, BE, LS)]
+        for handle in handles:
+            if lane == BACKGROUND and handle.request.priority == LS:
+                continue  # may have been done before
+            with pytest.raises(RequestError, match=r"lane died|was closed"):
+                handle.result(WAIT_S)
+        assert engine.drain(WAIT_S)
+        assert engine.flag.read()[BE] > 0
+        with pytest.raises(RuntimeError, match="closed"):
+            engine.submit(prompt(3))
+
+
+def test_closing_ends_what_is_left(model):
+    engine = Engine(model, limits=LIMITS)
+    handles = [engine.submit(prompt(800, i), max_new_tokens=300) for i in range(3)]
+    engine.close()
+    for handle in handles:
+        with pytest.raises(RequestError, match="closed"):
+            handle.result(WAIT_S)
+    engine.close()  # once more is harmless
+
+
+# -- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt must hold at least one token"),
+        ({"prompt": [3, 128]}, "token id 128 is outside the vocabulary of 128"),
+        ({"prompt": [-1]}, "token id -1 is outside"),
+        ({"prompt": [1] * 3600}, "need 3616 tokens of KV memory; its class can have 3584"),
+        ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"prompt": [1], "priority": 2}, "priority must be from 0 to 1, got 2"),
+        ({"prompt": [1], "temperature": -1.0}, "temperature must be 0 or more"),
+        ({"prompt": [1], "top_p": 0.0}, "top_p must be in"),
+    ],
+)
+def test_a_bad_request_is_refused_and_harms_nobody(model, arguments, message):
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(30), max_new_tokens=3)
+        with pytest.raises(ValueError, match=message):
+            engine.submit(**arguments)
+        assert len(handle.result(WAIT_S)) == 3
+
+
+def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatch):
+    before = (model.config._attn_implementation, model.config._experts_implementation)
+    with pytest.raises(ValueError, match="unknown policy 'fifo'; there are: fcfs, priority, layer, tile"):
+        Engine(model, policy="fifo")
+    with pytest.raises(ValueError, match="no MoE"):
+        Engine(refused_model("llama"))
+    with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
+        Engine(model, limits=Limits(max_batch=0))
+    monkeypatch.setattr(attention, "_attend", lambda q, k, v, *args: q[0].transpose(0, 1) * 0 + 1)
+    with pytest.raises(ValueError, match="attention is not supported"):
+        Engine(model, limits=LIMITS)
+    assert (model.config._attn_implementation, model.config._experts_implementation) == before

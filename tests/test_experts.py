@@ -1,0 +1,183 @@
+"""Recognising experts: an activation by what it does, and whatever `moe` does not compute, refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+
+from qllm_ops.models import UnsupportedExpertsError
+from qllm_ops.models.experts import experts_forward, experts_layout
+
+
+class Experts(nn.Module):
+    """The usual experts, with room to differ."""
+
+    act_fn = staticmethod(F.silu)
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = 4
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 12, 5))
+        self.down_proj = nn.Parameter(torch.randn(4, 5, 6))
+
+    def expert(self, x, e):
+        gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[e])
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        out = torch.zeros_like(hidden_states)
+        for t, k in torch.cartesian_prod(*(torch.arange(n) for n in top_k_index.shape)).tolist():
+            out[t] += self.expert(hidden_states[t], top_k_index[t, k]) * top_k_weights[t, k]
+        return out
+
+
+def variant(**changes):
+    """An instance of a decorated class made of Experts and ``changes``."""
+    flags = {key: changes.pop(key) for key in list(changes) if key.startswith(("is_", "has_"))}
+    experts = use_experts_implementation(type("VariantExperts", (Experts,), changes))(
+        SimpleNamespace(_experts_implementation="qllm")
+    )
+    for key, value in flags.items():
+        setattr(experts, key, value)
+    return experts
+
+
+def float_gate(self, gate_up):
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.gelu(gate) * up).to(gate_up.dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation"),
+    [
+        ({}, "silu"),
+        ({"act_fn": ACT2FN["silu"]}, "silu"),
+        ({"act_fn": staticmethod(lambda x: x / (1 + torch.exp(-x)))}, "silu"),
+        ({"act_fn": ACT2FN["gelu"]}, "gelu"),
+        ({"act_fn": ACT2FN["gelu_pytorch_tanh"]}, "gelu_tanh"),
+        ({"act_fn": ACT2FN["gelu_new"]}, "gelu_tanh"),
+        ({"_apply_gate": float_gate, "act_fn": staticmethod(F.gelu)}, "gelu"),
+    ],
+)
+@torch.no_grad()
+def test_activation_is_found_by_what_it_does(changes, activation):
+    experts = variant(**changes)
+    assert experts_layout(experts).activation == activation
+    x, weights = torch.randn(7, 5), torch.randn(7, 2)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    own = type(experts).forward.__wrapped__(experts, x, index, weights)
+    torch.testing.assert_close(experts(x, index, weights), own, rtol=1e-4, atol=1e-4)
+
+
+def clamped_gate(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=7.0)) * up
+
+
+def clamped_up(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up.clamp(-1000.0, 1000.0)
+
+
+def swapped(self, gate_up):
+    up, gate = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def clamped_expert(self, x, e):
+    gate, up = F.linear(x, self.gate_up_proj[e]).chunk(2, dim=-1)
+    return F.linear(F.silu(gate.clamp(max=10.0)) * up, self.down_proj[e])
+
+
+def weighted_input(self, hidden_states, top_k_index, top_k_weights):
+    scaled = hidden_states * top_k_weights[:, :1]
+    return Experts.forward(self, scaled, top_k_index, torch.ones_like(top_k_weights))
+
+
+GATING = "its gating is not"
+OBSERVED = "its own forward computes something else"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"act_fn": ACT2FN["relu"]}, f"{GATING}.*ReLU"),
+        ({"act_fn": ACT2FN["quick_gelu"]}, GATING),
+        ({"act_fn": staticmethod(lambda gate, up: gate * up)}, GATING),
+        ({"_apply_gate": clamped_gate}, GATING),
+        ({"_apply_gate": clamped_up}, GATING),
+        ({"_apply_gate": swapped}, GATING),
+        ({"expert": clamped_expert}, OBSERVED),
+        ({"expert": lambda self, x, e: F.layer_norm(Experts.expert(self, x, e), (x.shape[-1],))}, OBSERVED),
+        ({"forward": weighted_input}, OBSERVED),
+        ({"forward": lambda self, x, index: x}, "could not be compared"),
+        ({"has_bias": True}, "biases"),
+        ({"has_gate": False}, "no gate"),
+        ({"is_transposed": True}, "transposed weights"),
+        ({"is_concatenated": False}, "interleaved gate and up"),
+        ({"has_post_expert_norm": True}, "a norm after each expert"),
+    ],
+)
+def test_refused_variants(changes, reason):
+    experts = variant(**changes)
+    with pytest.raises(UnsupportedExpertsError, match=f"VariantExperts is not supported.*{reason}"):
+        experts(torch.randn(3, 5), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda m: setattr(m, "extra", nn.Linear(2, 2)),
+            "tensors that would be ignored: extra.bias, extra.weight",
+        ),
+        (lambda m: m.double(), "gate_up_proj has dtype torch.float64"),
+        (lambda m: delattr(m, "gate_up_proj"), "no gate_up_proj"),
+        (lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 30))), "down_proj has shape"),
+        (lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 6, 5))), "gate_up_proj is .* beside"),
+    ],
+)
+def test_refused_tensors(change, reason):
+    experts = variant()
+    change(experts)
+    with pytest.raises(UnsupportedExpertsError, match=reason):
+        experts_layout(experts)
+
+
+def test_a_layout_is_looked_at_again_when_the_activation_is_replaced():
+    experts = variant()
+    assert experts_layout(experts).activation == "silu"
+    experts.act_fn = F.gelu
+    assert experts_layout(experts).activation == "gelu"
+    experts.act_fn = F.relu
+    with pytest.raises(UnsupportedExpertsError):
+        experts_layout(experts)
+
+
+def test_experts_quantised_to_fp8():
+    """They ask another registry, where the name must lead to the same refusal."""
+    config = SimpleNamespace(
+        hidden_size=128,
+        num_local_experts=2,
+        intermediate_size=128,
+        hidden_act="silu",
+        _experts_implementation="qllm",
+    )
+    quantised = use_experts_implementation(
+        type("QuantisedExperts", (FP8Experts,), {}), experts_interface=FP8ExpertsInterface()
+    )
+    experts = quantised(config, block_size=(128, 128))
+    with pytest.raises(
+        UnsupportedExpertsError, match=r"QuantisedExperts is not supported.*scale_inv.*float8_e4m3fn"
+    ):
+        experts(torch.zeros(1, 128), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+
+
+def test_importing_registers_one_function():
+    assert ExpertsInterface()["qllm"] is experts_forward
+    assert FP8ExpertsInterface()["qllm"] is experts_forward

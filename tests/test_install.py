@@ -1,0 +1,445 @@
+"""The swap: the same model as before, preemptible; what cannot be swapped is refused, never wrong."""
+
+import copy
+import random
+import threading
+import time
+
+import pytest
+import torch
+from tiny_models import REFUSED, SUPPORTED, refused_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from qllm_ops import PriorityFlag, models, moe_reference
+from qllm_ops.models import (
+    UnsupportedExpertsError,
+    current_preemption,
+    install,
+    make_preset,
+    preemptible,
+    save_preset,
+    uninstall,
+)
+
+IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
+WAIT_S = 20
+
+
+@torch.no_grad()
+def logits(model, ids=IDS):
+    return model(ids).logits
+
+
+def in_thread(function, *args):
+    """Start ``function`` in a thread; the returned call waits for its result."""
+    box = {}
+
+    def body():
+        try:
+            box["result"] = function(*args)
+        except BaseException as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "the thread stands still"
+        if "error" in box:
+            raise box["error"]
+        return box["result"]
+
+    result.alive = thread.is_alive
+    return result
+
+
+def parking_flag():
+    """A flag, and an event that is set when somebody first stands still at it."""
+    parked = threading.Event()
+    return PriorityFlag(on_event=lambda kind, priority, now: kind == "park" and parked.set()), parked
+
+
+# -- the same model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_same_logits_and_same_tokens_as_eager(name):
+    model = make_preset(name)
+    model.set_experts_implementation("eager")
+    wanted = logits(model)
+    generate = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(IDS, attention_mask=torch.ones_like(IDS), **generate)
+
+    report = install(model)
+    got = logits(model)
+    assert len(report) == 2
+    assert not torch.equal(got, torch.zeros_like(got))
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **generate), tokens)
+
+
+def test_on_the_triton_kernels():
+    """In the interpreter here, for the wiring; the kernels have tests of their own."""
+    model = make_preset("tiny")
+    model.set_experts_implementation("eager")
+    ids = IDS[:1, :6].to(model.device)
+    wanted = logits(model, ids)
+    report = install(model, PriorityFlag(), backend="triton")
+    assert report.modules[0].backend == "triton"
+    assert (logits(model, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_padding_and_an_empty_batch():
+    model = make_preset("tiny")
+    model.set_experts_implementation("eager")
+    mask = torch.ones_like(IDS)
+    mask[1, :9] = 0
+    with torch.no_grad():
+        wanted = model(IDS, attention_mask=mask).logits
+        install(model)
+        torch.testing.assert_close(model(IDS, attention_mask=mask).logits, wanted, rtol=0, atol=1e-5)
+        experts = model.model.layers[0].mlp.experts
+        index = torch.empty(0, 2, dtype=torch.int64)
+        assert experts(torch.empty(0, 64), index, torch.empty(0, 2)).shape == (0, 64)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = make_preset("tiny")
+    experts = model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(9, 64), torch.randint(0, 8, (9, 2)), torch.rand(9, 2)
+    wanted = moe_reference(x, experts.gate_up_proj, experts.down_proj, index, weights)
+    install(model.to(torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float32):  # both kinds of router exist
+        got = experts(x.bfloat16(), index, weights.to(dtype))
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - wanted).abs().max() <= 3e-2 * wanted.abs().max()
+
+
+def test_by_name_alone(tmp_path):
+    """experts_implementation="qllm" works without install, through every door of transformers."""
+    save_preset("tiny", tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="qllm")
+    model = make_preset("tiny")
+    before = logits(model)
+    model.set_experts_implementation("qllm")
+    with models.experts.recorded_calls() as calls:
+        assert torch.equal(logits(model), logits(loaded))
+    assert len(calls) == 4
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_a_forward_in_grad_mode_works_and_a_backward_is_refused():
+    model = make_preset("tiny")
+    install(model)
+    out = model(IDS).logits
+    assert torch.equal(out.detach(), logits(model))
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
+
+
+# -- install and uninstall -----------------------------------------------------------------------------
+
+
+def test_report():
+    report = install(make_preset("tiny-qwen3-moe"), PriorityFlag(), 1, backend="torch")
+    first = report.modules[0]
+    assert report.model == "Qwen3MoeForCausalLM"
+    assert (first.name, first.class_name) == ("model.layers.0.mlp.experts", "Qwen3MoeExperts")
+    assert (first.num_experts, first.hidden_size, first.intermediate_size) == (12, 64, 48)
+    assert (first.activation, first.dtype, first.backend) == ("silu", torch.float32, "torch")
+    assert "2 experts modules" in str(report)
+    assert "model.layers.1.mlp.experts  Qwen3MoeExperts  E=12 H=64 I=48  silu  float32  cpu  torch" in str(
+        report
+    )
+
+
+def test_install_leaves_the_random_state_alone():
+    model = make_preset("tiny").train()
+    state = torch.get_rng_state()
+    install(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_uninstall_restores(implementation):
+    model = make_preset("tiny")
+    model.set_experts_implementation(implementation)
+    before = logits(model)
+    assert not uninstall(model)
+    install(model)
+    install(model, PriorityFlag(), 1)
+    assert model.config._experts_implementation == "qllm"
+    assert uninstall(model)
+    assert model.config._experts_implementation == implementation
+    assert torch.equal(logits(model), before)
+    assert not uninstall(model)
+
+
+def test_models_that_share_a_config():
+    first = make_preset("tiny")
+    second = type(first)(first.config)
+    before = first.config._experts_implementation
+    install(first)
+    install(second)
+    uninstall(first)
+    assert second.config._experts_implementation == "qllm"
+    uninstall(second)
+    assert second.config._experts_implementation == before
+
+
+def test_a_copy_keeps_the_experts_and_not_the_flag():
+    model, flag = make_preset("tiny"), PriorityFlag()
+    install(model, flag)
+    flag.pause(0)
+    twin = copy.deepcopy(model)
+    assert in_thread(logits, twin)().shape == (2, 24, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"flag": "cuda"}, TypeError, "flag must be a PriorityFlag"),
+        ({"flag": PriorityFlag(), "priority": 2}, ValueError, "priority must be"),
+        ({"priority": -1}, ValueError, "priority must be"),
+        ({"backend": "cublas"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments, error, message):
+    model, flag = make_preset("tiny"), PriorityFlag()
+    before = model.config._experts_implementation
+    with pytest.raises(error, match=message):
+        install(model, **arguments)
+    assert model.config._experts_implementation == before
+    assert not uninstall(model)
+    install(model, flag, 1)
+    with pytest.raises(error, match=message):
+        install(model, **arguments)
+    assert heard(model) == [(flag, 1)] * 2
+
+
+def heard(model):
+    """The (flag, priority) that each experts call of one forward pass polls; None where it polls none."""
+    calls = []
+    experts = models.experts
+    originals = experts.moe, experts.MoeRun
+
+    def listen(original):
+        def call(*args, flag=None, priority=0, **kwargs):
+            calls.append(None if flag is None else (flag, priority))
+            return original(*args, flag=flag, priority=priority, **kwargs)
+
+        return call
+
+    experts.moe, experts.MoeRun = map(listen, originals)
+    try:
+        logits(model)
+    finally:
+        experts.moe, experts.MoeRun = originals
+    return calls
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
+        install(nn.Linear(2, 2))
+    with torch.device("meta"):
+        empty = make_preset("tiny")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts has no weights in memory"):
+        install(empty)
+
+
+# -- who is preempted ------------------------------------------------------------------------------------
+
+
+def test_which_flag_a_forward_listens_to():
+    model, mine, other = make_preset("tiny"), PriorityFlag(), PriorityFlag()
+
+    def flags():
+        first, second = heard(model)
+        assert first == second
+        return first
+
+    install(model)
+    assert flags() is None
+    install(model, mine, 1)
+    assert flags() == (mine, 1)
+    assert current_preemption() is None
+    with preemptible(other, 0) as outer:
+        assert current_preemption() is outer
+        assert (outer.flag, outer.priority, outer.granularity) == (other, 0, "tile")
+        assert flags() == (other, 0)
+        with preemptible(None):
+            assert flags() is None
+            assert current_preemption().flag is None
+        for coarse in ("layer", None):
+            with preemptible(other, 1, coarse):
+                assert flags() is None
+        assert flags() == (other, 0)
+        assert in_thread(current_preemption)() is None
+        assert in_thread(flags)() == (mine, 1)
+        with pytest.raises(KeyError), preemptible(mine, 1):
+            raise KeyError
+        assert flags() == (other, 0)
+    assert flags() == (mine, 1)
+    uninstall(model)
+    model.set_experts_implementation("qllm")
+    assert flags() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((object(), 0), TypeError, "flag must be"),
+        ((PriorityFlag(), 2), ValueError, "priority must be"),
+        ((PriorityFlag(), 0, "expert"), ValueError, "granularity must be"),
+    ],
+)
+def test_bad_preemption(arguments, error, message):
+    with pytest.raises(error, match=message), preemptible(*arguments):
+        pass
+
+
+@pytest.mark.parametrize("granularity", ["tile", "layer"])
+def test_a_forward_stands_still_inside_a_layer_while_another_overtakes(granularity):
+    model = make_preset("tiny")
+    flag, parked = parking_flag()
+    install(model, flag)
+    low_ids, high_ids = IDS[:1], IDS[1:]
+    low_wanted, high_wanted = logits(model, low_ids), logits(model, high_ids)
+    low = threading.local()
+
+    def pause_here(*_):
+        # In the second layer, after its router: attention and the first layer are behind.
+        if getattr(low, "here", False):
+            flag.pause(0, "test", timeout_s=WAIT_S)
+
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(pause_here)
+
+    def low_pass():
+        low.here = True
+        with preemptible(flag, 0, granularity) as preemption:
+            out = logits(model, low_ids)
+        assert preemption.wasted_tiles == 0
+        return out
+
+    standing = in_thread(low_pass)
+    assert parked.wait(WAIT_S)
+    for _ in range(3):
+        with preemptible(flag, 1, granularity):
+            assert torch.equal(logits(model, high_ids), high_wanted)
+        assert standing.alive()
+    flag.resume(0, "test")
+    assert torch.equal(standing(), low_wanted)
+    assert flag.expired == 0
+
+
+def test_without_granularity_a_pause_is_not_looked_at():
+    model, flag = make_preset("tiny"), PriorityFlag()
+    install(model, flag)
+    wanted = logits(model)
+    flag.pause(0)
+
+    def run():
+        with preemptible(flag, 0, None):
+            return logits(model)
+
+    assert torch.equal(in_thread(run)(), wanted)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_random_pauses_change_no_bit(name):
+    model = make_preset(name)
+    ids = torch.randint(0, 128, (4, 64), generator=torch.Generator().manual_seed(2))
+    parks = []
+    flag = PriorityFlag(on_event=lambda kind, priority, now: kind == "park" and parks.append(now))
+    install(model, flag)
+    wanted = logits(model, ids)
+    done = threading.Event()
+
+    def flip():
+        choice = random.Random(0)
+        while not done.is_set():
+            flag.pause(0)
+            time.sleep(choice.random() * 1e-3)
+            flag.resume(0)
+            time.sleep(choice.random() * 2e-3)
+
+    flipping = in_thread(flip)
+    try:
+        until = time.monotonic() + WAIT_S
+        while len(parks) < 20 and time.monotonic() < until:
+            assert torch.equal(logits(model, ids), wanted)
+    finally:
+        done.set()
+        flipping()
+    assert len(parks) >= 20
+
+
+def test_two_models_with_two_flags():
+    (flag, parked), other_flag = parking_flag(), PriorityFlag()
+    paused, running = make_preset("tiny"), make_preset("tiny-olmoe")
+    install(paused, flag)
+    install(running, other_flag)
+    wanted, running_wanted = logits(paused), logits(running)
+    flag.pause(0)
+    standing = in_thread(logits, paused)
+    assert parked.wait(WAIT_S)
+    assert torch.equal(logits(running), running_wanted)
+    assert standing.alive()
+    flag.resume(0)
+    assert torch.equal(standing(), wanted)
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+UNDISPATCHED = "transformers never asks an experts function for this class"
+REASONS = {
+    "gpt_oss": ["GptOssExperts: biases; transposed weights; interleaved gate and up"],
+    "openai_privacy_filter": ["OpenAIPrivacyFilterExperts: biases; transposed weights"],
+    "nemotron_h": [r"NemotronHExperts: no gate \(up_proj only\)"],
+    "deepseek_v4": ["DeepseekV4Experts: its gating is not silu, gelu or gelu_tanh"],
+    "llama4_text": [f"Llama4TextExperts: {UNDISPATCHED}"],
+    "dbrx": [f"DbrxExperts: {UNDISPATCHED}"],
+    "llama": ["LlamaForCausalLM has no MoE experts"],
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_architectures(model_type):
+    model = refused_model(model_type)
+    before = model.config._experts_implementation
+    error = ValueError if model_type == "llama" else UnsupportedExpertsError
+    for message in REASONS[model_type]:
+        with pytest.raises(error, match=message):
+            install(model)
+    assert model.config._experts_implementation == before
+    if model_type in ("llama", "llama4_text", "dbrx"):
+        return  # transformers never gets as far as our function
+    model.set_experts_implementation("qllm")
+    with pytest.raises(UnsupportedExpertsError, match="Experts is not supported by qllm-ops"):
+        model(IDS)
+
+
+def test_experts_that_a_forward_does_not_reach():
+    model = make_preset("tiny")
+    before = model.config._experts_implementation
+    model.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(
+        UnsupportedExpertsError, match=r"never reaches 1 of its 2 .*model\.layers\.1\.mlp\.experts"
+    ):
+        install(model)
+    assert model.config._experts_implementation == before
+    model.model.layers[1].mlp.forward = lambda x: 1 / 0
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        install(model)
+    assert model.config._experts_implementation == before
+
+
+def test_one_refused_module_among_good_ones_refuses_all():
+    model = make_preset("tiny")
+    model.model.layers[1].mlp.experts.act_fn = ACT2FN["relu"]
+    with pytest.raises(UnsupportedExpertsError, match=r"its gating .* \(model\.layers\.1\.mlp\.experts\)$"):
+        install(model)
+    assert model.config._experts_implementation != "qllm"

@@ -1,0 +1,47 @@
+"""Sampling: greedy, and draws that belong to the request alone."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from qllm_ops.scheduler.request import Request, Sampling
+from qllm_ops.scheduler.sampling import LogitsError, sample
+
+
+def request(tokens=(), **sampling):
+    return Request("r", [1], sampling=Sampling(**sampling), tokens=list(tokens))
+
+
+def test_greedy_takes_the_best_and_says_by_how_much():
+    assert sample(request(), torch.tensor([0.5, 3.0, 2.25])) == (1, 0.75)
+    assert sample(request(), torch.tensor([4.0])) == (0, 0.0)
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([1.0, 0.0, -1.0, -30.0])
+    draws = Counter(sample(request(temperature=2.0, seed=s), logits)[0] for s in range(3000))
+    for token, share in enumerate((logits / 2).softmax(0).tolist()):
+        assert draws[token] / 3000 == pytest.approx(share, abs=0.04)
+
+
+def test_top_p_cuts_the_tail():
+    logits = torch.tensor([2.0, 1.9, -1.0, -1.1])
+    drawn = {sample(request(temperature=1.0, top_p=0.8, seed=s), logits)[0] for s in range(200)}
+    assert drawn == {0, 1}
+
+
+def test_a_draw_depends_on_seed_and_step_only():
+    logits = torch.zeros(1000)
+    draw = lambda seed, step: sample(request(range(step), temperature=1.0, seed=seed), logits)[0]  # noqa: E731
+    assert draw(3, 5) == draw(3, 5)
+    assert len({draw(seed, 0) for seed in range(20)}) > 15
+    assert len({draw(0, step) for step in range(20)}) > 15
+
+
+@pytest.mark.parametrize(
+    "bad", [[float("nan"), 1.0], [1.0, float("nan")], [float("-inf")] * 2, [float("inf"), 0.0]]
+)
+def test_logits_that_are_not_numbers_are_an_error(bad):
+    with pytest.raises(LogitsError, match="not numbers"):
+        sample(request(), torch.tensor(bad))
