@@ -193,17 +193,19 @@ def _read_header(file: Path) -> dict[str, dict]:
 
 def _byte_range(file: Path, tensor: str, entry: dict) -> tuple[str, int, int]:
     try:
-        (begin, stop), bits = entry["data_offsets"], BITS[entry["dtype"]] * math.prod(entry["shape"])
-        wanted = math.ceil(bits / 8)
-        found = stop - begin
+        (begin, stop), shape, bits = entry["data_offsets"], entry["shape"], BITS[entry["dtype"]]
+        for number in (begin, stop, *shape):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{number!r} is not a size or an offset")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file}: tensor {tensor} has no valid entry in the header: {error!r}"
         ) from error
-    if begin < 0 or found < 0 or found != wanted:
+    wanted = -(-bits * math.prod(shape) // 8)
+    if stop - begin != wanted:
         raise CheckpointError(
             f"{file}: tensor {tensor} has bytes {begin} to {stop}, wanted {wanted} bytes "
-            f"for {entry['dtype']} {entry['shape']}"
+            f"for {entry['dtype']} {shape}"
         )
     return tensor, begin, stop
 

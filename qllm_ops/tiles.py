@@ -63,6 +63,9 @@ MULTIPROCESSORS = {
     "interpreter": Multiprocessor(1 << 30, float("inf"), float("inf"), float("inf")),
 }
 
+MAX_PARTS = 4
+"""Most parts of a sum in down: each is written and read again, (T * K, H) elements a part."""
+
 ROW_CLASSES = (
     # most rows per expert on average, block_m, whether each block of weights is read for one row block only
     (8, 16, True),
@@ -128,11 +131,11 @@ TILES_16_BIT = {
 TILES_32_BIT = {
     "gate_up": {
         16: TileConfig(16, 16, 64, 4, 3, 2), 32: TileConfig(32, 32, 32, 4, 3, 2),
-        64: TileConfig(64, 32, 32, 8, 3), 128: TileConfig(64, 32, 32, 8, 3),
+        64: TileConfig(64, 32, 16, 8, 4), 128: TileConfig(64, 32, 16, 8, 4),
     },
     "down": {
         16: TileConfig(16, 32, 64, 4, 3, 2), 32: TileConfig(32, 64, 32, 4, 3, 2),
-        64: TileConfig(64, 64, 32, 8, 3), 128: TileConfig(64, 64, 32, 8, 3),
+        64: TileConfig(64, 64, 16, 8, 4), 128: TileConfig(64, 64, 16, 8, 4),
     },
 }  # fmt: skip
 
@@ -145,8 +148,9 @@ INTERPRETER = {
 
 
 def tile_config(
-    phase: str, *, num_tokens: int, top_k: int, num_experts: int, n: int, k: int, dtype: torch.dtype, arch: str
-) -> TileConfig:
+    phase: str, *, num_tokens: int, top_k: int, num_experts: int, n: int, k: int, dtype: torch.dtype,
+    arch: str,
+) -> TileConfig:  # fmt: skip
     """The tiles of one phase of one layer.
 
     Args:
@@ -180,13 +184,11 @@ def tile_config(
     if phase == "down":
         # A part must stay long enough for its loads to get into step: four turns of the inner loop.
         parts = math.ceil(tile_us(phase, config, k, dtype, arch, read_once) / EXIT_US)
-        config = replace(config, split_k=max(1, min(parts, 8, k // (4 * config.block_k))))
+        config = replace(config, split_k=max(1, min(parts, MAX_PARTS, k // (4 * config.block_k))))
     return config
 
 
-def tile_us(
-    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool
-) -> float:
+def tile_us(phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool) -> float:
     """Microseconds that a tile takes at the device's peak rates, with all its multiprocessor's programs busy.
 
     ``read_once``: every tile waits for its own weights to come from memory; else they are in the cache.
@@ -243,8 +245,11 @@ def layer_configs(
         "down": (hidden_size, intermediate_size),
         "combine": (hidden_size, top_k),
     }
-    layer = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts, "dtype": dtype, "arch": arch}
-    return {phase: tile_config(phase, n=n, k=k, **layer) for phase, (n, k) in sizes.items()}
+    layer = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
+    return {
+        phase: tile_config(phase, n=n, k=k, dtype=dtype, arch=arch, **layer)
+        for phase, (n, k) in sizes.items()
+    }
 
 
 def token_counts(top_k: int, num_experts: int) -> list[int]:
@@ -255,7 +260,7 @@ def token_counts(top_k: int, num_experts: int) -> list[int]:
 
 
 def shipped_configs(arch: str, dtype: torch.dtype) -> dict[tuple[str, TileConfig], str]:
-    """Every (phase, configuration) that a known model reaches on ``arch``, with the first such model's name."""
+    """Every (phase, configuration) that a known model reaches on ``arch``, and the first such model."""
     reached: dict[tuple[str, TileConfig], str] = {}
     for name, (hidden_size, intermediate_size, num_experts, top_k) in MODELS.items():
         for num_tokens in token_counts(top_k, num_experts):

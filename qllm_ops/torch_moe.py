@@ -19,7 +19,6 @@ All arithmetic is in float32: 16-bit weights are widened one expert at a time, w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +36,12 @@ MIN_ROWS, MAX_ROWS = 16, 512
 COMBINE_BYTES = 8 * 2**20
 """Bytes of pair outputs that one tile of the combine reads: about a millisecond."""
 
-WIDE_ROWS = 12
-"""From this many rows on, the gate and up of a tile are stored column by column: the same product, but
-MKL computes it in half the time at 16 to 48 rows, and in no more at others; and both halves are contiguous."""
+WIDE_ROWS, MANY_ROWS = 10, 32
+"""MKL takes up to half the time for a product with some rows when its result is stored column by column.
+So gate and up are, from WIDE_ROWS rows per expert on, and up to MANY_ROWS also what down_proj gives."""
 
-GROUP_BYTES, GROUP_EXPERTS = 16 * 2**20, 8
-"""Most weights and experts in a tile that joins experts with few rows: 1 to 2 ms of reading memory."""
+GROUP_BYTES = 64 * 2**20
+"""Most weights in a tile that joins experts with few rows: about 4 ms of reading memory."""
 
 Block = tuple[int, int, int]
 """Expert, first row, one past the last row."""
@@ -65,19 +64,21 @@ def make_tiles(edges: list[int], hidden_size: int, intermediate_size: int) -> li
     """Cut the rows into tiles, where expert e owns rows edges[e] to edges[e + 1].
 
     A tile is one block of rows of one expert; or, where consecutive experts have only a few rows each (a
-    decode step), several of them: then calls cost more than the products.
+    decode step), several of them: then the calls would cost more than the products.
     """
     most_rows = tile_rows(hidden_size, intermediate_size)
-    most_experts = min(GROUP_EXPERTS, GROUP_BYTES // (12 * hidden_size * intermediate_size))
+    most_experts = GROUP_BYTES // (12 * hidden_size * intermediate_size)
     tiles: list[list[Block]] = []
-    few = False  # whether the last tile holds experts with few rows
+    open_group: list[Block] | None = None
     for expert, (first, last) in enumerate(itertools.pairwise(edges)):
-        for start, stop in split(first, last, most_rows):
-            if few and stop - start < WIDE_ROWS and len(tiles[-1]) < most_experts:
-                tiles[-1].append((expert, start, stop))
-            else:
-                tiles.append([(expert, start, stop)])
-                few = stop - start < WIDE_ROWS
+        if last - first >= MANY_ROWS:
+            tiles += [[(expert, start, stop)] for start, stop in split(first, last, most_rows)]
+            open_group = None
+        elif first < last:
+            if open_group is None or len(open_group) >= most_experts:
+                open_group = []
+                tiles.append(open_group)
+            open_group.append((expert, first, last))
     return tiles
 
 
@@ -93,12 +94,8 @@ class TorchMoe:
         self.tiles_done = 0
         self._flag = flag
         self._word = None if flag is None else flag.words[priority]
+        self._can_group = can_group(inputs)
         self._route()
-        gate_up_proj, down_proj = inputs.gate_up_proj.mT, inputs.down_proj.mT
-        # The experts' matrices, (H, 2I) and (I, H). One by one a view costs three times as much.
-        many = 3 * sum(len(tile) for tile in self._tiles) > inputs.num_experts
-        self._gate_up_proj_t = gate_up_proj.unbind(0) if many else gate_up_proj
-        self._down_proj_t = down_proj.unbind(0) if many else down_proj
         self._output = torch.empty_like(inputs.hidden_states)
 
     @property
@@ -132,7 +129,9 @@ class TorchMoe:
         x = self.inputs
         experts = x.top_k_index.reshape(-1).to(torch.int64)
         ordered, pair = torch.sort(experts, stable=True)
-        edges = torch.searchsorted(ordered, torch.arange(x.num_experts + 1, device=experts.device)).tolist()
+        edges = torch.arange(x.num_experts + 1, device=experts.device)
+        edges = torch.searchsorted(ordered, edges, out_int32=True)
+        self._ends, edges = edges[1:], edges.tolist()
         self._token = pair // x.top_k
         # slot[t * K + k] is the row at which the pair (t, k) is computed.
         slot = torch.empty_like(pair)
@@ -159,35 +158,38 @@ class TorchMoe:
 
     def _compute(self, tile: int) -> None:
         if tile < len(self._tiles):
-            self._matmuls(self._tiles[tile])
+            self._experts(self._tiles[tile])
         else:
             self._combine(*self._combines[tile - len(self._tiles)])
 
-    def _matmuls(self, tile: list[Block]) -> None:
+    def _experts(self, tile: list[Block]) -> None:
         """The rows of one tile, from hidden states to `_pair_out`."""
-        inputs = self.inputs
-        first, last = tile[0][1], tile[-1][2]
-        rows = last - first
-        x, out = self._x[:rows], self._pair_out[first:last]
-        gate_up = self._gate_up[: rows * 2 * inputs.intermediate_size]
-        gate_up = gate_up.view(rows, -1) if tile[0][2] - first < WIDE_ROWS else gate_up.view(-1, rows).t()
+        inputs, first, start, stop = self.inputs, tile[0][0], tile[0][1], tile[-1][2]
+        rows, mean_rows = stop - start, (stop - start) / len(tile)
+        # What `_multiply` needs is made ready before the first product has emptied the caches.
+        blocks = [(expert - first, a - start, b - start) for expert, a, b in tile]
+        experts = slice(first, tile[-1][0] + 1)
+        gate_up_proj, down_proj = inputs.gate_up_proj[experts].mT, inputs.down_proj[experts].mT
+        ends = (
+            self._ends[experts] - start
+            if self._can_group and 1 < len(tile) and mean_rows < WIDE_ROWS
+            else None
+        )
+        x, out = self._x[:rows], self._pair_out[start:stop]
+        gate_up = scratch(self._gate_up, rows, 2 * inputs.intermediate_size, mean_rows >= WIDE_ROWS)
         gate, up = gate_up.chunk(2, dim=1)
 
-        token = self._token[first:last]
         if inputs.hidden_states.dtype == torch.float32:
-            torch.index_select(inputs.hidden_states, 0, token, out=x)
+            torch.index_select(inputs.hidden_states, 0, self._token[start:stop], out=x)
         else:
-            x.copy_(inputs.hidden_states.index_select(0, token))
-        self._linear(tile, x, self._gate_up_proj_t, gate_up)
+            x.copy_(inputs.hidden_states.index_select(0, self._token[start:stop]))
+        multiply(x, gate_up_proj, blocks, ends, gate_up)
         activate_(gate, inputs.activation).mul_(up)
-        self._linear(tile, gate, self._down_proj_t, out)
-
-    def _linear(self, tile: list[Block], x: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
-        """Multiply every block of the tile by its expert's matrix."""
-        sizes = [stop - start for _, start, stop in tile]
-        blocks = zip(tile, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True)
-        for (expert, _, _), x_rows, out_rows in blocks:
-            torch.mm(x_rows, weights[expert].float(), out=out_rows)
+        if WIDE_ROWS <= mean_rows < MANY_ROWS:
+            columns = torch.empty(inputs.hidden_size, rows, device=x.device).t()
+            out.copy_(multiply(gate, down_proj, blocks, ends, columns))
+        else:
+            multiply(gate, down_proj, blocks, ends, out)
 
     def _combine(self, start: int, stop: int) -> None:
         """Rows start..stop of the output: the weighted sum over k, in order, in float32."""
@@ -198,6 +200,35 @@ class TorchMoe:
             self._pair_out, self._slot[pairs], first, mode=0, per_sample_weights=self._weights[pairs]
         )
         self._output[start:stop] = sums
+
+
+def scratch(buffer: Tensor, rows: int, columns: int, by_column: bool) -> Tensor:
+    """A (rows, columns) matrix in the buffer, stored column by column or row by row."""
+    buffer = buffer[: rows * columns]
+    return buffer.view(columns, rows).t() if by_column else buffer.view(rows, columns)
+
+
+def multiply(x: Tensor, weight: Tensor, blocks: list[Block], ends: Tensor | None, out: Tensor) -> Tensor:
+    """Rows start to stop of ``out`` = the same rows of ``x`` times weight[expert], for every block.
+
+    ``ends``, if given, are where the rows of every expert in ``weight`` end; then one call does it all.
+    """
+    if ends is not None:
+        return out.copy_(F.grouped_mm(x, weight, offs=ends))
+    for expert, start, stop in blocks:
+        torch.mm(x[start:stop], weight[expert].float(), out=out[start:stop])
+    return out
+
+
+def can_group(inputs: MoeInputs) -> bool:
+    """Whether torch multiplies by several experts in one call: from 2.10 on, if rows start at 16 bytes."""
+    weights = (inputs.gate_up_proj, inputs.down_proj)
+    return (
+        hasattr(F, "grouped_mm")
+        and inputs.hidden_states.device.type == "cpu"
+        and inputs.hidden_states.dtype == torch.float32
+        and all(weight.shape[2] % 4 == 0 and weight.data_ptr() % 16 == 0 for weight in weights)
+    )
 
 
 def activate_(gate: Tensor, activation: str) -> Tensor:

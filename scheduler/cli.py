@@ -120,7 +120,7 @@ def replay(
         str | None, _in(MODEL, "--device", '"cpu", "cuda" or "cuda:N"; by default CUDA where there is one.')
     ] = None,
     backend: Annotated[Backend, _in(MODEL, "--backend", "Of the experts.")] = Backend.auto,
-    threads: Annotated[int | None, _in(MODEL, "--threads", "CPU threads per operation.", min=1)] = None,
+    threads: Annotated[int | None, _in(MODEL, "--threads", "CPU threads per operation.")] = None,
     policy: Annotated[
         list[str] | None,
         _in(LOAD, "--policy", "Repeatable: fcfs, priority, layer, tile; by default all four."),
@@ -135,17 +135,17 @@ def replay(
         float, _in(LOAD, "--time-scale", "Stretches the time of traces: 0.5 makes them twice as dense.")
     ] = 1.0,
     max_prompt: Annotated[
-        int | None, _in(LOAD, "--max-prompt", "Cut prompts of traces to so many tokens.", min=1)
+        int | None, _in(LOAD, "--max-prompt", "Cut prompts of traces to so many tokens.")
     ] = None,
     max_output: Annotated[
-        int | None, _in(LOAD, "--max-output", "Cut outputs of traces to so many tokens.", min=1)
+        int | None, _in(LOAD, "--max-output", "Cut outputs of traces to so many tokens.")
     ] = None,
-    duration: Annotated[float, _in(LOAD, "--duration", "Seconds in which requests arrive.")] = 16.0,
+    duration: Annotated[float, _in(LOAD, "--duration", "Seconds in which requests arrive.")] = 13.0,
     max_requests: Annotated[
-        int | None, _in(LOAD, "--max-requests", "At most so many requests, the earliest ones.", min=1)
+        int | None, _in(LOAD, "--max-requests", "At most so many requests, the earliest ones.")
     ] = None,
-    seed: Annotated[int, _in(LOAD, "--seed", "Of arrivals, prompts and a preset's weights.", min=0)] = 0,
-    rate: Annotated[float, _in(SYNTHETIC, "--rate", "Arrivals per second, Poisson, both classes.")] = 1.0,
+    seed: Annotated[int, _in(LOAD, "--seed", "Of arrivals, prompts and a preset's weights.")] = 0,
+    rate: Annotated[float, _in(SYNTHETIC, "--rate", "Arrivals per second, Poisson, both classes.")] = 1.25,
     ls_fraction: Annotated[
         float, _in(SYNTHETIC, "--ls-fraction", "Share of requests that are latency-sensitive.")
     ] = 0.2,
@@ -154,18 +154,18 @@ def replay(
     be_prompt: Annotated[tuple[int, int], _tokens("--be-prompt", "a BE prompt")] = (1024, 4096),
     be_output: Annotated[tuple[int, int], _tokens("--be-output", "a BE output")] = (8, 32),
     kv_tokens: Annotated[
-        int, _in(ENGINE, "--kv-tokens", "KV memory in tokens, shared by all requests.", min=1)
+        int, _in(ENGINE, "--kv-tokens", "KV memory in tokens, shared by all requests.")
     ] = 32768,
     kv_reserve: Annotated[
-        int | None, _in(ENGINE, "--kv-reserve", "Tokens of it that BE may not take; by default 1/8.", min=0)
+        int | None, _in(ENGINE, "--kv-reserve", "Tokens of it that BE may not take; by default 1/8.")
     ] = None,
-    max_batch: Annotated[int, _in(ENGINE, "--max-batch", "Rows of a decode iteration.", min=1)] = 8,
+    max_batch: Annotated[int, _in(ENGINE, "--max-batch", "Rows of a decode iteration.")] = 8,
     prefill_tokens: Annotated[
         int,
-        _in(ENGINE, "--prefill-tokens", "Tokens of a prefill iteration; longer prompts in chunks.", min=1),
+        _in(ENGINE, "--prefill-tokens", "Tokens of a prefill iteration; longer prompts in chunks."),
     ] = 2048,
     top_up_tokens: Annotated[
-        int, _in(ENGINE, "--top-up-tokens", "BE prompt tokens that may ride in an LS prefill.", min=0)
+        int, _in(ENGINE, "--top-up-tokens", "BE prompt tokens that may ride in an LS prefill.")
     ] = 0,
     be_floor: Annotated[
         float, _in(ENGINE, "--be-floor", "Share of contended time that BE is sure of, 0 to below 1.")

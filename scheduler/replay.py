@@ -20,7 +20,7 @@ import torch
 from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 from qllm_ops.scheduler.policies import Policy, get_policy
-from qllm_ops.scheduler.report import LS_ALONE, Finished, RunRecord
+from qllm_ops.scheduler.records import LS_ALONE, Finished, Pause, RunRecord
 from qllm_ops.scheduler.request import BE, LS, Handle, State
 from qllm_ops.scheduler.workload import Arrival, prompt_ids
 
@@ -246,7 +246,7 @@ class _Run:
             extra=extra,
         )
 
-    def _pause(self, pause):
+    def _pause(self, pause: Pause) -> Pause:
         pause.asked_s -= self.start_s
         pause.resumed_s -= self.start_s
         if pause.parked_s is not None:

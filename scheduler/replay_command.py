@@ -31,8 +31,9 @@ from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 from qllm_ops.scheduler.plots import write_png
 from qllm_ops.scheduler.policies import POLICIES, get_policy
+from qllm_ops.scheduler.records import RunRecord
 from qllm_ops.scheduler.replay import Progress, run_all
-from qllm_ops.scheduler.report import RunRecord, build_report, device_meta, print_table, write_json
+from qllm_ops.scheduler.report import TIE_TOLERANCE, build_report, device_meta, print_table, write_json
 from qllm_ops.scheduler.request import RequestError
 from qllm_ops.scheduler.timeline import write_perfetto
 
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 
 ONLY_SYNTHETIC = ("rate", "ls_fraction", "ls_prompt", "be_prompt", "ls_output", "be_output")
 ONLY_TRACE = ("time_scale", "max_prompt", "max_output")
+AT_LEAST = {"seed": 0, "threads": 1, "max_requests": 1, "max_prompt": 1, "max_output": 1, "kv_tokens": 1}
+
+TIES = {torch.float32: TIE_TOLERANCE, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How close two logits are when rounding may decide between them: in 16 bits a few times the distance of
+two neighbouring numbers of the size of a logit."""
 
 
 class BadInput(Exception):
@@ -71,7 +77,10 @@ def run(o: SimpleNamespace, given: set[str], out: Console) -> list[str]:
     out.print(Text(f"{label}\n{described}"), soft_wrap=True)
     runs, slo_s = _replay(model, arrivals, o, limits, out)
     meta = {"model": label, "workload": described, **_meta(o, place, limits)}
-    return _report(runs, slo_s, meta, notes, o.out_dir, out)
+    report = build_report(runs, slo_s, meta, tie_tolerance=TIES[model.dtype])
+    report["notes"] += notes + _reasons(runs)
+    _write(report, runs, o.out_dir, out)
+    return _wrong(report, runs)
 
 
 @contextlib.contextmanager
@@ -94,6 +103,10 @@ def _check_options(o: SimpleNamespace, given: set[str]) -> None:
         if name in given:
             why = f"{_flag(traces[0])} gives the load" if traces else "there is no --ls-trace or --be-trace"
             raise BadInput(f"{_flag(name)} has no effect, because {why}")
+    for name, least in AT_LEAST.items():
+        value = getattr(o, name)
+        if value is not None and value < least:
+            raise BadInput(f"{_flag(name)} must be at least {least}, got {value}")
     for name in ("duration", "slo", "drain_timeout"):
         value = getattr(o, name)
         if value is not None and not 0 < value < math.inf:
@@ -282,46 +295,44 @@ def _meta(o: SimpleNamespace, place: torch.device, limits: Limits) -> dict[str, 
     return {**device_meta(str(place)), "seed": o.seed, "limits": asdict(limits), "options": options}
 
 
-def _report(
-    runs: dict[str, RunRecord],
-    slo_s: float,
-    meta: dict[str, Any],
-    notes: list[str],
-    folder: Path,
-    out: Console,
-) -> list[str]:
-    """Write and print everything; what went wrong."""
-    report = build_report(runs, slo_s, meta)
-    report["notes"] += notes + _reasons(runs)
-    write_json(report, folder / "report.json")
-    write_perfetto(runs, folder / "timeline.json")
-    drawn = importlib.util.find_spec("matplotlib") is not None
-    if drawn:
+def _write(report: dict[str, Any], runs: dict[str, RunRecord], folder: Path, out: Console) -> None:
+    """Print the table, and write the three files."""
+    files = ["report.json", "timeline.json (open it at https://ui.perfetto.dev)"]
+    if importlib.util.find_spec("matplotlib") is not None:
         write_png(report, runs, folder / "report.png")
+        files.insert(1, "report.png")
     else:
         report["notes"].append("no report.png: matplotlib is not installed (pip install 'qllm-ops[plots]').")
+    write_json(report, folder / "report.json")
+    write_perfetto(runs, folder / "timeline.json")
     print_table(report, out)
-    files = [
-        "report.json",
-        *(["report.png"] if drawn else []),
-        "timeline.json (open it at https://ui.perfetto.dev)",
-    ]
     out.print(Text(f"written to {folder}: {', '.join(files)}"), soft_wrap=True)
 
-    wrong = [f"{report['tokens']['mismatches']} requests got different tokens under different policies"]
-    wrong = wrong if report["tokens"]["mismatches"] else []
+
+def _wrong(report: dict[str, Any], runs: dict[str, RunRecord]) -> list[str]:
+    """What must not be in a replay. A refused request may: its note says why."""
+    wrong = []
+    for name, versus in report["tokens"]["versus"].items():
+        if differ := versus["mismatches"]["requests"]:
+            ids = ", ".join(request["id"] for request in differ)
+            wrong.append(f"{name}: other tokens than under {report['tokens']['baseline']} for {ids}")
     for name, run in runs.items():
-        lost = sum(f.status in ("failed", "cancelled") for f in run.finished)
-        if lost:
-            wrong.append(f"{name}: {lost} of {len(run.finished)} requests failed or were cut off")
+        for status in ("failed", "cancelled"):
+            lost = sum(f.status == status for f in run.finished)
+            if lost:
+                wrong.append(f"{name}: {lost} of {len(run.finished)} requests {status}")
     return wrong
 
 
 def _reasons(runs: dict[str, RunRecord]) -> list[str]:
-    """Why requests did not complete: the first reason of each run."""
+    """Why requests did not complete, the first one of each run."""
     reasons = []
     for name, run in runs.items():
-        error = next((f.error for f in run.finished if f.error), None)
-        if error:
-            reasons.append(f"{name}: {error}")
+        first = next((f for f in run.finished if f.error), None)
+        if first:
+            reasons.append(f"{name}: {first.id} {first.status}: {first.error}")
+        if run.extra.get("timed_out"):
+            reasons.append(
+                f"{name}: cut short, with {run.extra['timed_out']} requests left (--drain-timeout)."
+            )
     return reasons

@@ -288,8 +288,10 @@ def write_json(report: dict[str, Any], path: str | Path) -> None:
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the report: what each class got, and what preemption cost. A row per policy, then LS alone."""
     console = console or Console()
-    console.print(_latency_table(report))
-    console.print(_preemption_table(report))
+    for table in (_latency_table(report), _preemption_table(report)):
+        # A line too long for the terminal is wrapped by it; rich would cut digits off.
+        table.width = console.measure(table, options=console.options.update(max_width=200)).maximum
+        console.print(table, crop=False)
     for note in report["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
 
@@ -301,7 +303,7 @@ def _table_rows(report: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]
 
 def _latency_table(report: dict[str, Any]) -> Table:
     heads = (
-        *("LS TTFT\nmean\nms", "p50\nms", "p99\nms", "over\nLS\nalone", "fcfs\nover\nthis"),
+        *("LS\nTTFT\nmean\nms", "p50\nms", "p99\nms", "over\nLS\nalone", "fcfs\nover\nthis"),
         *("LS\nturn-\naround\nms", "BE\nturn-\naround\ns", "total\ntokens\n/s", "this\nover\nfcfs"),
     )
     table = _table("Latency and throughput", heads)
@@ -310,8 +312,8 @@ def _latency_table(report: dict[str, Any]) -> Table:
         table.add_row(
             label,
             *(_digits(ttft[key], 1e3) for key in ("mean", "p50", "p99")),
-            _digits(report["versus_ls_alone"].get(name, {}).get("ls_ttft_mean"), unit="x"),
-            _digits(_ratio(1.0, fcfs.get("ls_ttft_mean")), unit="x"),
+            _times(report["versus_ls_alone"].get(name, {}).get("ls_ttft_mean")),
+            _times(_ratio(1.0, fcfs.get("ls_ttft_mean"))),
             _digits(summary["ls"]["turnaround_s"]["mean"], 1e3),
             _digits(summary["be"]["turnaround_s"]["mean"]),
             _digits(summary["tokens_per_s"]),
@@ -363,12 +365,20 @@ def _table(title: str, heads: Iterable[str]) -> Table:
     return table
 
 
-def _digits(value: float | None, scale: float = 1.0, unit: str = "") -> str:
+def _times(value: float | None) -> str:
+    return (
+        "-"
+        if value is None
+        else (f"{value:.2f}x" if value < 10 else f"{value:.1f}x" if value < 100 else f"{value:,.0f}x")
+    )
+
+
+def _digits(value: float | None, scale: float = 1.0) -> str:
     """Three significant digits, or all digits before the point; "-" for None."""
     if value is None:
         return "-"
     value *= scale
-    return (f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}") + unit
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 # -- what it ran on --------------------------------------------------------------------------------------

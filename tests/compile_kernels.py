@@ -3,8 +3,9 @@
     python tests/compile_kernels.py DIRECTORY < requests.json > records.json
 
 A request is {"kernel": "gate_up", "arch": "sm_90", "dtype": "bf16", "config": {...}}, the fields of the
-configuration being those of qllm_ops.tiles.TileConfig. A record repeats the request and adds the
-registers, the stack and the shared memory in bytes, and the files in DIRECTORY with PTX and SASS.
+configuration being those of qllm_ops.tiles.TileConfig; it may also hold "has_flag", "activation", "even",
+"top_k", and "sass" to have the machine code written too. A record repeats the request and adds the
+registers, the stack, the local and the shared memory in bytes, and the names of the files in DIRECTORY.
 
 It is a program of its own because TRITON_INTERPRET, which the other tests set, is read when a kernel
 is defined. Kernels are compiled as a launch on aligned tensors of even shapes would compile them.
@@ -26,51 +27,46 @@ from qllm_ops.tiles import TileConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-# "T" stands for the type of hidden_states. Sizes of the model are multiples of 16, sizes of the batch anything.
+# "T" stands for the type of hidden_states.
 ARGUMENTS = {
-    **{name: "*T" for name in ("hidden_ptr", "weight_ptr", "intermediate_ptr", "partial_ptr", "output_ptr")},
-    **{name: "*i64" for name in ("order_ptr", "sorted_ptr", "index_ptr")},
-    **{name: "*i32" for name in ("state_ptr", "flag_ptr")},
+    **dict.fromkeys(("hidden_ptr", "weight_ptr", "intermediate_ptr", "partial_ptr", "output_ptr"), "*T"),
+    **dict.fromkeys(("order_ptr", "sorted_ptr", "index_ptr"), "*i64"),
+    **dict.fromkeys(("state_ptr", "flag_ptr"), "*i32"),
     "weights_ptr": "*fp32",
-    **{name: "i32" for name in ("limit", "num_pairs", "num_tokens", "num_experts", "top_k")},
-    **{name: "i32" for name in ("hidden_size", "intermediate_size")},
-    **{name: "i32" for name in ("gate_up_blocks", "down_blocks", "combine_tiles")},
+    **dict.fromkeys(("limit", "num_pairs", "num_tokens", "num_experts", "top_k"), "i32"),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), "i32"),
+    **dict.fromkeys(("gate_up_blocks", "down_blocks", "combine_tiles"), "i32"),
 }
-UNALIGNED = {"flag_ptr", "limit", "num_pairs", "num_tokens", "num_experts", "top_k", "combine_tiles"}
-UNALIGNED |= {"gate_up_blocks", "down_blocks"}
+# The sizes of a model are multiples of 16; those of a batch may be anything.
+ALIGNED = {"hidden_size", "intermediate_size", *(name for name in ARGUMENTS if name.endswith("_ptr"))}
+ALIGNED.remove("flag_ptr")  # the word of any class
 
 
 def compile_kernel(request: dict, directory: Path) -> dict:
     config = TileConfig(**request["config"])
     constants = {
         "HAS_FLAG": request.get("has_flag", True), "ACTIVATION": request.get("activation", "silu"),
-        "EVEN": request.get("even", True), "BLOCK_E": 256, "GATE_UP_M": config.block_m, "DOWN_M": config.block_m,
+        "EVEN": request.get("even", True), "BLOCK_E": 256,
+        "GATE_UP_M": config.block_m, "DOWN_M": config.block_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k, "TOP_K": request.get("top_k", 8), "STAGES": config.num_stages,
     }  # fmt: skip
     kernel = getattr(moe, request["kernel"])
     names = kernel.arg_names
-    types = {name: ARGUMENTS[name] if name in ARGUMENTS else "constexpr" for name in names}
-    if types.get("partial_ptr") and config.split_k > 1:
-        types["partial_ptr"] = "*fp32"
+    types = {name: ARGUMENTS.get(name, "constexpr") for name in names}
     source = ASTSource(
         fn=kernel,
-        signature={name: kind.replace("T", DTYPES[request["dtype"]]) for name, kind in types.items()},
+        signature={name: kind.replace("T", request["dtype"]) for name, kind in types.items()},
         constexprs={(i,): constants[name] for i, name in enumerate(names) if types[name] == "constexpr"},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if types[name] != "constexpr" and name not in UNALIGNED
-        },
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
     )
-    compiled = triton.compile(source, target=TARGETS[request["arch"]], options={"num_warps": config.num_warps})
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=TARGETS[request["arch"]], options=options)
     stem = f"{request['arch']}-{request['kernel']}-{request['dtype']}-{compiled.hash[:12]}"
     record = {**request, "shared": compiled.metadata.shared}
     if request["arch"].startswith("gfx"):
@@ -78,10 +74,16 @@ def compile_kernel(request: dict, directory: Path) -> dict:
     record["ptx"] = _write(directory / f"{stem}.ptx", compiled.asm["ptx"])
     cubin = directory / f"{stem}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    usage = _cuobjdump("-res-usage", cubin)
     for field, name in (("REG", "registers"), ("STACK", "stack"), ("LOCAL", "local")):
         record[name] = int(re.search(rf"\b{field}:(\d+)", usage).group(1))
+    if request.get("sass"):
+        record["sass_file"] = _write(directory / f"{stem}.sass", _cuobjdump("-sass", cubin))
     return record
+
+
+def _cuobjdump(what: str, cubin: Path) -> str:
+    return subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def _write(path: Path, text: str) -> str:

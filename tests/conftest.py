@@ -2,6 +2,9 @@
 
 import os
 
+# Two lanes and other processes share the cores: an OpenMP thread that spins holds up everyone.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # Without a GPU the kernels run under Triton's interpreter, which is chosen when a kernel is defined.

@@ -150,6 +150,8 @@ HEADERS = {
         "w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
     },
     "backwards": {"w": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}},
+    "endless": b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+    "fractions": {"w": {"dtype": "F32", "shape": [0.5, 2], "data_offsets": [0, 4]}},
     "text": {"w": {"dtype": "F32", "shape": "ab", "data_offsets": "cd"}},
     "nothing": {"w": None},
     "trailing bytes": {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},

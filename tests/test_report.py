@@ -357,9 +357,19 @@ def test_the_table_fits_80_columns_and_shows_every_run(runs, tmp_path):
         assert sum(line.strip().startswith(f"{name} ") for line in text.splitlines()) == 2
     tile = next(line.split() for line in text.splitlines() if line.split()[:1] == ["tile"])
     # mean, p50, p99 in ms; over LS alone; fcfs over this; turnarounds; tokens/s; over fcfs
-    assert tile[1:] == ["500", "500", "500", "1x", "8x", "1,500", "10", "102", "0.800"]
+    assert tile[1:] == ["500", "500", "500", "1.00x", "8.00x", "1,500", "10", "102", "0.800"]
     assert "250" in text  # the exit in ms
     assert "note: tile: 1 of 2 BE requests did not complete" in text
+
+
+def test_no_digit_is_cut_off_however_narrow(runs, tmp_path):
+    path = tmp_path / "table.txt"
+    slow = runs["fcfs"].finished[0]
+    slow.first_token_s, slow.finish_s = 1234.567, 2345.678
+    with path.open("w") as file:
+        print_table(build_report(runs, 1.0, {}), Console(file=file, width=30))
+    assert "1,233,567" in path.read_text()
+    assert "…" not in path.read_text()
 
 
 def test_device_meta_is_complete_and_serialisable():

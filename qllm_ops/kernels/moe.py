@@ -34,8 +34,8 @@ import triton.language as tl
 # this many, the activations of the group would in turn be read from memory once per block of weights.
 GROUP_M = tl.constexpr(16)
 
-# The interpreter multiplies bfloat16 numbers as if they were integers.
-WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+# The interpreter multiplies bfloat16 numbers as if they were integers, and cuts where it should round.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 DONE = tl.constexpr(3)
 TOTAL = tl.constexpr(6)
@@ -73,7 +73,9 @@ def last_ticket(state_ptr, limit, PHASE: tl.constexpr):
 
 
 @triton.jit
-def locate(ticket, blocks_ptr, offsets_ptr, num_experts, n_blocks, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+def locate(
+    ticket, blocks_ptr, offsets_ptr, num_experts, n_blocks, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """The ticket's expert, its first sorted row and one past the expert's last, and its column block.
 
     Column blocks follow each other, and within one the row blocks of a group: where an expert has few
@@ -95,8 +97,17 @@ def locate(ticket, blocks_ptr, offsets_ptr, num_experts, n_blocks, BLOCK_M: tl.c
 
 
 @triton.jit
-def multiply(a_ptrs, b_ptrs, begin, stop, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+def multiply(
+    a_ptrs,
+    b_ptrs,
+    begin,
+    stop,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Sum over k in [begin, stop) of a[:, k] * b[k, :], in increasing k, in float32."""
     ks = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -108,10 +119,20 @@ def multiply(a_ptrs, b_ptrs, begin, stop, EVEN: tl.constexpr, BLOCK_M: tl.conste
             inside = k + ks < stop
             a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
             b = tl.load(b_ptrs + k, mask=inside[:, None], other=0.0)
-        if WIDEN:
+        if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round float32 to the nearest number of ``dtype``, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -235,7 +256,7 @@ def gate_up(
         columns = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(
             intermediate_ptr + rows[:, None].to(tl.int64) * intermediate_size + columns[None, :],
-            result.to(intermediate_ptr.dtype.element_ty),
+            narrow(result, intermediate_ptr.dtype.element_ty),
             mask=(rows < stop)[:, None] & (columns < intermediate_size)[None, :],
         )
         done += 1
@@ -283,9 +304,10 @@ def down(
         ks = tl.arange(0, BLOCK_K)
         weight_rows = tl.minimum(columns, hidden_size - 1).to(tl.int64)
         expert_ptr = weight_ptr + expert.to(tl.int64) * hidden_size * intermediate_size
+        source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums = multiply(
-            intermediate_ptr + tl.where(valid, rows, 0)[:, None].to(tl.int64) * intermediate_size + ks[None, :],
+            intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
             expert_ptr + weight_rows[None, :] * intermediate_size + ks[:, None],
             begin, tl.minimum(begin + part_size, intermediate_size),
             EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -293,7 +315,7 @@ def down(
         pairs = tl.load(order_ptr + rows, mask=valid, other=0) + part.to(tl.int64) * num_pairs
         tl.store(
             partial_ptr + pairs[:, None] * hidden_size + columns[None, :],
-            sums.to(partial_ptr.dtype.element_ty),
+            narrow(sums, partial_ptr.dtype.element_ty),
             mask=valid[:, None] & (columns < hidden_size)[None, :],
         )
         done += 1
@@ -328,20 +350,21 @@ def combine(
         columns = ticket % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (tokens < num_tokens)[:, None] & (columns < hidden_size)[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # Unrolled, so that the loads of several k are under way at once.
-        for k in tl.range(0, TOP_K, loop_unroll_factor=4):
+        # The loads of two k are under way at once; those of four make one compiler spill.
+        for k in tl.range(0, TOP_K, loop_unroll_factor=2):
             pairs = tokens * TOP_K + k
             experts = tl.load(index_ptr + pairs, mask=tokens < num_tokens, other=-1).to(tl.int64)
             here = (experts >= 0) & (experts < num_experts)
             weights = tl.load(weights_ptr + pairs, mask=here, other=0.0).to(tl.float32)
             value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for part in tl.static_range(SPLIT_K):
-                row_ptrs = partial_ptr + (pairs + part * num_tokens.to(tl.int64) * TOP_K)[:, None] * hidden_size
-                value += tl.load(row_ptrs + columns[None, :], mask=here[:, None] & inside, other=0.0).to(tl.float32)
+                rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * hidden_size
+                term = tl.load(partial_ptr + rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
+                value += term.to(tl.float32)
             sums += weights[:, None] * value
         tl.store(
             output_ptr + tokens[:, None] * hidden_size + columns[None, :],
-            sums.to(output_ptr.dtype.element_ty),
+            narrow(sums, output_ptr.dtype.element_ty),
             mask=inside,
         )
         done += 1

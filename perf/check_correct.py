@@ -1,0 +1,268 @@
+"""Sections "correctness" and "bitwise" of `gpu_check.py`: is the operator right, preempted or not?"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from context import Context, fits, free_memory, one_line
+from layers import DEEPSEEK, OLMOE, QWEN3, SHAPES, TINY, Shape, Tensors, errors, layer_inputs, poisoned
+from layers import reference, settle, tokens, weights
+
+from qllm_ops import FULL, MoeRun, PriorityFlag, moe
+
+TOKENS = (1, 8, 32, 256, 2048, 8192)
+
+
+# -- correctness -------------------------------------------------------------------------------------------
+
+
+def correctness(c: Context) -> dict[str, Any]:
+    """Every shape and number of tokens against the reference, then the edges.
+
+    Outputs are filled with NaN first. Each case runs without a flag (compiled without the poll) and with
+    one that nobody pauses (with the poll); the second must have the bits of the first.
+    """
+    rows: list[dict[str, Any]] = []
+    result = {"cases": rows, "passed": True}
+    for (shape, dtype), _ in c.in_time(_plan(c), lambda case: f"{case[0].name} {case[1]}"):
+        if not fits(c.device, shape.num_experts * shape.expert_bytes * dtype.itemsize // 2):
+            c.left_out.append(f"{shape.name} {dtype}: not enough memory")
+            continue
+        pair = weights(shape, dtype, c.device)
+        counts = _token_counts(c) if dtype == torch.bfloat16 or c.rehearsal else (1, 32, 256)
+        cases = [(f"T={t}", lambda t=t: layer_inputs(shape, t, pair)) for t in counts]
+        if shape in (OLMOE, TINY) and dtype == torch.bfloat16:
+            cases += edges(shape, pair)
+        failed = [row for name, make in cases if not _case(c, rows, shape, dtype, name, make)["passed"]]
+        del pair, cases
+        free_memory(c.device)
+        worst = max((r["rms"] or 0.0 for r in rows if r["shape"] == shape.name), default=0.0)
+        c.say(f"{shape.name} {short(dtype)}: {'FAILED' if failed else 'fine'}, worst RMS error {worst:.1e}")
+        result["passed"] = all(row["passed"] for row in rows)
+        c.keep(result)
+    return result
+
+
+def _plan(c: Context) -> list[tuple[Shape, torch.dtype]]:
+    if c.rehearsal:
+        return [(TINY, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    shapes = (QWEN3, OLMOE) if c.quick else SHAPES
+    plan = [(shape, torch.bfloat16) for shape in shapes if shape != DEEPSEEK]
+    plan += [(OLMOE, torch.float16), (OLMOE, torch.float32)]
+    return plan + [(DEEPSEEK, torch.bfloat16)] * (DEEPSEEK in shapes)
+
+
+def _token_counts(c: Context) -> tuple[int, ...]:
+    if c.rehearsal:
+        return (1, 8, 70)
+    return (1, 32, 2048) if c.quick else TOKENS
+
+
+def edges(shape: Shape, pair: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[str, Callable[[], Tensors]]]:
+    """Routings that a random one hardly ever is."""
+
+    def with_index(change: Callable[[torch.Tensor], None], num_tokens: int = 256) -> Callable[[], Tensors]:
+        def make() -> Tensors:
+            hidden_states, index, weight = tokens(shape, num_tokens, pair[0].dtype, pair[0].device, seed=2)
+            change(index)
+            return hidden_states, *pair, index, weight
+
+        return make
+
+    def outside(index: torch.Tensor) -> None:
+        index[::3, 0] = -1
+        index[1::3, 1] = shape.num_experts
+        index[2::3, 1] = 2**40
+        index[5] = shape.num_experts + 7  # a token with no expert at all: its output is zero
+
+    return [
+        ("T=0", with_index(lambda index: None, 0)),
+        ("indices out of range", with_index(outside)),
+        ("nobody has a token", with_index(lambda index: index.fill_(-1))),
+        ("one expert has all", with_index(lambda index: index.fill_(shape.num_experts - 1))),
+        ("two experts have all", with_index(lambda index: index.remainder_(2).mul_(3))),
+        ("one token more than a row block", with_index(lambda index: index.fill_(1), 129 // shape.top_k + 1)),
+    ]
+
+
+def _case(
+    c: Context, rows: list, shape: Shape, dtype: torch.dtype, name: str, make: Callable[[], Tensors]
+) -> dict[str, Any]:
+    row = {"shape": shape.name, "dtype": short(dtype), "case": name}
+    rows.append(row)
+    try:
+        tensors = make()
+        want = reference(tensors)
+        with poisoned():
+            got = moe(*tensors, backend=c.backend)
+            polled = MoeRun(*tensors, flag=PriorityFlag(c.device), backend=c.backend)
+            finished = polled.step()
+        row |= errors(got, want)
+        row["same_bits_with_poll"] = finished and torch.equal(got, polled.output)
+        row["passed"] = row["passed"] and row["same_bits_with_poll"]
+    except Exception as error:
+        row |= {"rms": None, "max_relative": None, "nan": None, "passed": False, "error": one_line(error)}
+        if c.device.type == "cuda":
+            torch.cuda.synchronize(c.device)  # a device that is broken for good ends the section here
+    if not row["passed"]:
+        c.say(f"FAILED: {row}")
+    return row
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -- the same bits, however it is preempted ----------------------------------------------------------------
+
+
+def bitwise(c: Context) -> dict[str, Any]:
+    """Runs that are left and taken up again in every way, against the bits of an uninterrupted run.
+
+    Also counted: tiles. After every step all tiles that were taken are done, no step goes back, and at
+    the end exactly as many are done as there are: a tile computed twice or never would show here or as a
+    NaN in the output, which is poisoned.
+    """
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"cases": rows, "left_early": 0, "passed": True}
+    shape_of = lambda case: f"{case[0].name} T={case[1]}"  # noqa: E731
+    for (shape, num_tokens), seconds in c.in_time(_bitwise_plan(c), shape_of):
+        pair = weights(shape, torch.bfloat16, c.device)
+        tensors = layer_inputs(shape, num_tokens, pair)
+        row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
+        rows.append(row)
+        try:
+            row |= Preempted(c, tensors).all_ways(time.monotonic() + seconds)
+        except Exception as error:
+            row |= {"passed": False, "error": one_line(error), "left_early": 0}
+            if c.device.type == "cuda":
+                torch.cuda.synchronize(c.device)
+        del pair, tensors
+        free_memory(c.device)
+        c.say(f"{shape_of((shape, num_tokens))}: {'fine' if row['passed'] else 'FAILED'} {_brief(row)}")
+        result["left_early"] += row["left_early"]
+        result["passed"] = all(r["passed"] for r in rows)
+        c.keep(result)
+    if not result["left_early"]:
+        result["passed"] = False
+        result["reason"] = "no step was left early, so nothing was tested"
+    return result
+
+
+def _bitwise_plan(c: Context) -> list[tuple[Shape, int]]:
+    if c.rehearsal:
+        return [(TINY, 8), (TINY, 2048)]
+    if c.quick:
+        return [(QWEN3, 32), (OLMOE, 2048)]
+    plan = [(shape, t) for t in (2048, 8) for shape in SHAPES if shape != DEEPSEEK]
+    return [*plan, (QWEN3, 8192), (DEEPSEEK, 2048)]
+
+
+def _brief(row: dict[str, Any]) -> str:
+    return row.get("error") or f"({row['runs']} runs, {row['steps']} steps, {row['left_early']} left early)"
+
+
+class Preempted:
+    """The same inputs, run in many ways; counts what went wrong."""
+
+    def __init__(self, c: Context, tensors: Tensors):
+        self.c, self.tensors = c, tensors
+        with poisoned():
+            self.want = moe(*tensors, backend=c.backend)
+        self.flag = PriorityFlag(c.device)
+        self.runs = self.steps = self.left_early = 0
+        self.wrong: list[str] = []
+
+    def all_ways(self, deadline: float) -> dict[str, Any]:
+        self.expect("without preemption", not self.want.isnan().any(), "NaN in the output")
+        for _ in range(2):
+            self.expect("again", torch.equal(moe(*self.tensors, backend=self.c.backend), self.want), "bits")
+        self.run("with a flag")
+        total = self.new_run().tiles_total
+        for quantum in sorted({max(1, total // n) for n in (150, 11, 2)} | {total, total + 5}):
+            self.run(f"quantum {quantum}", max_tiles=quantum)
+        for programs in (1, 7, 100, FULL):
+            self.flag.share(0, programs)
+            settle(self.flag)
+            self.run(f"share {programs}")
+        self.run("paused before every other step", max_tiles=max(1, total // 20), pause_between=True)
+        self.flips(deadline)
+        return {
+            "tiles": total,
+            "runs": self.runs,
+            "steps": self.steps,
+            "left_early": self.left_early,
+            "wrong": self.wrong[:10],
+            "passed": not self.wrong,
+        }
+
+    def new_run(self) -> MoeRun:
+        with poisoned():
+            return MoeRun(*self.tensors, flag=self.flag, backend=self.c.backend)
+
+    def run(self, way: str, max_tiles: int | None = None, pause_between: bool = False) -> None:
+        run, before = self.new_run(), 0
+        while not run.done:
+            if pause_between:
+                self.flag.pause(0)
+                settle(self.flag)
+                self.expect(way, not run.step() and run.tiles_done == before, "ran while paused")
+                self.flag.resume(0)
+                settle(self.flag)
+            finished = run.step(max_tiles)
+            self.left_early += self.flipping and not finished
+            done = run.tiles_done
+            self.steps += 1
+            self.expect(way, run.tiles_taken == done, f"{run.tiles_taken} tiles taken, {done} done")
+            self.expect(way, done >= before, f"from {before} to {done} tiles")
+            if done == before:
+                # Only a pause may do that, and it is waited for.
+                if not self.flipping:
+                    self.expect(way, False, f"a step did nothing at {done} of {run.tiles_total}")
+                    return
+            before = done
+            if not run.done:
+                self.flag.wait(0)
+        self.runs += 1
+        self.expect(way, run.tiles_done == run.tiles_total, "tiles done are not tiles in all")
+        self.expect(way, torch.equal(run.output, self.want), "different bits")
+
+    flipping = False
+
+    def flips(self, deadline: float) -> None:
+        """Runs while another host thread pauses and resumes at random."""
+        before, enough = self.runs, 20 if self.c.quick else 100
+        with self.flipped():
+            while self.runs - before < enough and (self.runs == before or time.monotonic() < deadline):
+                self.run("random pauses")
+
+    @contextmanager
+    def flipped(self) -> Iterator[None]:
+        stop = threading.Event()
+
+        def flip() -> None:
+            draw = random.Random(0)
+            while not stop.is_set():
+                with self.flag.urgent(1):
+                    time.sleep(draw.random() * 3e-4)
+                time.sleep(draw.random() * 2e-3)
+
+        thread = threading.Thread(target=flip, daemon=True)
+        self.flipping = True
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.flipping = False
+
+    def expect(self, way: str, good: bool, what: str) -> None:
+        if not good:
+            self.wrong.append(f"{way}: {what}")

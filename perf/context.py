@@ -1,0 +1,74 @@
+"""What a section of `gpu_check.py` is given: where it runs, how long it may, and where its results go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Skip(Exception):
+    """A section that cannot run here; the message says why."""
+
+
+@dataclass
+class Context:
+    """One section's surroundings.
+
+    Attributes:
+        backend: "triton" or "torch".
+        quick: fewer shapes and samples.
+        rehearsal: on a CPU, with tiny shapes: to test the script, not the kernels.
+        deadline: by time.monotonic(), when the section should have ended.
+        results: what the sections before it found, by name.
+        keep: called with the section's result so far, so that a killed run leaves it behind.
+        left_out: what there was no time for.
+    """
+
+    device: torch.device
+    backend: str
+    quick: bool
+    rehearsal: bool
+    deadline: float
+    results: dict[str, Any]
+    keep: Callable[[dict[str, Any]], None] = lambda result: None
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    def say(self, text: str) -> None:
+        print(f"  {text}", flush=True)
+
+    def in_time(self, cases: Iterable[T], name: Callable[[T], str] = str) -> Iterator[tuple[T, float]]:
+        """Each case and the seconds it may take: an equal share of what is left. At least one is run."""
+        cases = list(cases)
+        for n, case in enumerate(cases):
+            if n and self.left_s <= 0:
+                self.left_out += [name(c) for c in cases[n:]]
+                self.say(f"no time for {len(cases) - n} of {len(cases)}")
+                return
+            yield case, self.left_s / (len(cases) - n)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the last shape took, before the next one's weights come."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def fits(device: torch.device, nbytes: int) -> bool:
+    return device.type != "cuda" or nbytes < torch.cuda.mem_get_info(device)[0] * 0.9
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error, short enough for a table."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,210 @@
+"""The layers that are measured on a GPU: shapes, random inputs, the right answer, peers and floors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import checkout  # noqa: F401  (makes qllm_ops importable)
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qllm_ops import PriorityFlag
+from qllm_ops.inputs import check_inputs
+
+RMS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+"""Largest relative RMS error against a reference in float32."""
+
+MAX_RELATIVE = 2e-2
+"""Largest error of one element, relative to the largest one of the reference."""
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The experts of one layer of a model."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights in 16 bits."""
+        return 6 * self.hidden_size * self.intermediate_size
+
+    def flops(self, pairs: int) -> int:
+        return 6 * pairs * self.hidden_size * self.intermediate_size
+
+
+QWEN3 = Shape("Qwen3-30B-A3B", 2048, 768, 128, 8)
+MIXTRAL = Shape("Mixtral-8x7B", 4096, 14336, 8, 2)
+OLMOE = Shape("OLMoE-1B-7B", 2048, 1024, 64, 8)
+GPT_OSS = Shape("gpt-oss-20b sizes", 2880, 2880, 32, 4)  # plain SwiGLU, no biases
+DEEPSEEK = Shape("DeepSeek-V3", 7168, 2048, 256, 8)
+SHAPES = (QWEN3, MIXTRAL, OLMOE, GPT_OSS, DEEPSEEK)
+TINY = Shape("tiny", 64, 96, 8, 2)
+
+
+def weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(E, 2I, H) and (E, H, I) of random numbers, of such a size that activations stay near 1."""
+    draw = torch.Generator(device).manual_seed(seed)
+    e, i, h = shape.num_experts, shape.intermediate_size, shape.hidden_size
+    gate_up = torch.empty(e, 2 * i, h, dtype=dtype, device=device)
+    down = torch.empty(e, h, i, dtype=dtype, device=device)
+    for expert in range(e):  # one by one: together they may have more elements than 32 bits count
+        gate_up[expert].normal_(0, h**-0.5, generator=draw)
+        down[expert].normal_(0, i**-0.5, generator=draw)
+    return gate_up, down
+
+
+def tokens(
+    shape: Shape, num_tokens: int, dtype: torch.dtype, device: torch.device, seed: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H) hidden states, (T, K) different random experts of each token, and their weights."""
+    draw = torch.Generator(device).manual_seed(seed)
+    hidden_states = torch.empty(num_tokens, shape.hidden_size, dtype=dtype, device=device)
+    hidden_states.normal_(generator=draw)
+    logits = torch.empty(num_tokens, shape.num_experts, device=device).normal_(generator=draw)
+    top_k_weights, top_k_index = torch.topk(torch.softmax(logits, -1), shape.top_k, dim=-1)
+    return hidden_states, top_k_index, (top_k_weights / top_k_weights.sum(-1, keepdim=True)).to(dtype)
+
+
+def layer_inputs(
+    shape: Shape, num_tokens: int, pair: tuple[Tensor, Tensor], seed: int = 1
+) -> Tensors:
+    """The arguments of `moe` for a pair of weights."""
+    hidden_states, index, weight = tokens(shape, num_tokens, pair[0].dtype, pair[0].device, seed)
+    return hidden_states, *pair, index, weight
+
+
+def reference(tensors: Tensors) -> Tensor:
+    """The layer in float32, an expert at a time. Waits for the device."""
+    hidden_states, gate_up_proj, down_proj, index, weight = tensors
+    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    for expert in index.unique().tolist():
+        if 0 <= expert < gate_up_proj.shape[0]:
+            rows, k = torch.where(index == expert)
+            gate, up = F.linear(hidden_states[rows].float(), gate_up_proj[expert].float()).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, down_proj[expert].float())
+            # Here every row occurs once, unless a token names an expert twice.
+            out.index_add_(0, rows, y * weight[rows, k, None].float())
+    return out
+
+
+def errors(got: Tensor, want: Tensor) -> dict[str, float | bool]:
+    """Relative RMS and largest relative error, and whether both are within the contract.
+
+    NaN anywhere (an element that nobody wrote) fails.
+    """
+    difference = got.float() - want.float()
+    peak = want.abs().max().item() if want.numel() else 0.0
+    if peak == 0.0:
+        good = not bool(difference.count_nonzero())
+        return {"rms": 0.0, "max_relative": 0.0, "nan": 0, "passed": good}
+    nan = int(got.isnan().sum())
+    rms = (difference.double().square().mean() / want.double().square().mean()).sqrt().item()
+    largest = difference.abs().max().item() / peak
+    good = nan == 0 and rms <= RMS[got.dtype] and largest <= MAX_RELATIVE
+    # JSON has no NaN.
+    rms, largest = (None if value != value else value for value in (rms, largest))
+    return {"rms": rms, "max_relative": largest, "nan": nan, "passed": good}
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every torch.empty of the body with NaN, so that an element that no tile writes cannot hide."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills memory; torch.utils.deterministic says so
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def floor_seconds(shape: Shape, index: Tensor, bandwidth: float, flops_per_s: float) -> tuple[float, str]:
+    """The least time that the layer can take in 16 bits, and what bounds it: "memory" or "arithmetic".
+
+    Memory: the weights of every expert that has a token once, hidden states in and out once.
+    """
+    pairs, num_tokens = index.numel(), index.shape[0]
+    read = index.unique().numel() * shape.expert_bytes + 4 * num_tokens * shape.hidden_size
+    memory, arithmetic = read / bandwidth, shape.flops(pairs) / flops_per_s
+    return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
+
+
+# -- peers -------------------------------------------------------------------------------------------------
+
+
+def transformers_experts(
+    shape: Shape, pair: tuple[Tensor, Tensor]
+) -> Callable[[str], Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """name of an experts implementation of transformers -> f(hidden_states, top_k_index, top_k_weights)."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_local_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+    )
+    with torch.device("meta"):
+        module = MixtralExperts(config).eval()
+    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(w, requires_grad=False) for w in pair)
+
+    def implementation(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            config._experts_implementation = name
+            return module(hidden_states, top_k_index, top_k_weights)
+
+        return call
+
+    return implementation
+
+
+# -- the flag and launches, from close by -------------------------------------------------------------------
+
+
+def settle(flag: PriorityFlag) -> None:
+    """Wait until the device has what was last written. (A launch does not wait for it.)"""
+    stream = getattr(flag._write_word, "stream", None)
+    if stream is not None:
+        stream.synchronize()
+
+
+class Launches:
+    """A run whose launches can be enqueued with the poll and not waited for: for timing the kernels alone.
+
+    `MoeRun.step` waits for its launches and looks at the result, so this reaches into the Triton backend
+    (`tests/test_gpu_check.py` notices when that changes). Not for the torch backend.
+    """
+
+    def __init__(self, tensors: Tensors, flag: PriorityFlag | None, priority: int = 0):
+        from qllm_ops.triton_moe import NO_LIMIT, TritonMoe
+
+        self._layer = TritonMoe(check_inputs(*tensors), flag, priority)
+        self._limits = (NO_LIMIT,) * 3
+
+    def enqueue(self, poll: bool) -> None:
+        """All phases on the current stream; ``poll`` or no poll: two different compilations."""
+        self._layer._launch(self._limits, poll=poll)
+
+    def rewind(self) -> None:
+        """Back to no tiles done, in stream order."""
+        self._layer._state[:6].zero_()
+        self._layer._done = (0, 0, 0)
+
+    def progress(self) -> dict[str, tuple[int, ...]]:
+        """Tiles taken, done and in all, of each phase. Waits for the current stream."""
+        self._layer._read()
+        return {"taken": self._layer._taken, "done": self._layer._done, "total": self._layer._totals}
+
+    @property
+    def output(self) -> Tensor:
+        return self._layer.output

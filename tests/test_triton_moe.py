@@ -1,0 +1,421 @@
+"""The Triton kernels under the interpreter: tickets, masks, leaving and resuming.
+
+The interpreter runs the programs of a launch one after the other, so a flag that is flipped at the n-th
+atomic operation is flipped at a known place inside a launch: every such place can be tried.
+"""
+
+import contextlib
+import os
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1; tests/test_triton_gpu.py is for GPUs", allow_module_level=True)
+
+from triton.runtime.interpreter import interpreter_builder
+
+from qllm_ops import PriorityFlag, moe, moe_reference
+from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
+from qllm_ops.tiles import INTERPRETER, TileConfig
+from qllm_ops.triton_moe import NO_LIMIT, TritonMoe, warm_up
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+TILES = (
+    None,
+    {  # More row blocks and column blocks, and the sums in parts, the last of which may be empty.
+        "gate_up": TileConfig(4, 8, 8, 1, 1, 3),
+        "down": TileConfig(2, 16, 4, 1, 1, 2, split_k=3),
+        "combine": TileConfig(2, 8, 1, 1, 1, 5),
+    },
+    {**INTERPRETER, "down": TileConfig(16, 8, 16, 1, 1, 1, split_k=2)},
+)
+SIZES = (1, 3, 8, 13, 21)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill every torch.empty with NaN, so that an element that no tile wrote cannot hide."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layer(
+    tokens=5, hidden=16, intermediate=13, experts=3, top_k=2, *, dtype=torch.float32, activation="silu",
+    routing="any", index_dtype=torch.int64, seed=0,
+) -> MoeInputs:  # fmt: skip
+    """A layer of random numbers. ``routing`` is "any" (skipped pairs too), "one" expert, or "all" of them."""
+    g = torch.Generator().manual_seed(seed)
+    low = 0 if index_dtype == torch.uint8 else -2
+    index = torch.randint(low, experts + 1, (tokens, top_k), generator=g)
+    if routing == "one":
+        index.fill_(seed % experts)
+    elif routing == "all":
+        index = torch.rand(tokens, experts, generator=g).argsort(dim=1)[:, :top_k]
+    return check_inputs(
+        torch.randn(tokens, hidden, generator=g).to(dtype),
+        (torch.randn(experts, 2 * intermediate, hidden, generator=g) / hidden**0.5).to(dtype),
+        (torch.randn(experts, hidden, intermediate, generator=g) / intermediate**0.5).to(dtype),
+        index.to(index_dtype),
+        torch.rand(tokens, top_k, generator=g),
+        activation,
+    )
+
+
+@st.composite
+def layers(draw) -> MoeInputs:
+    experts = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, min(experts, 3)) | st.just(experts))
+    return layer(
+        draw(st.integers(0, 6)), draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES)), experts, top_k,
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        routing=draw(st.sampled_from(("any", "any", "one", "all"))),
+        index_dtype=draw(st.sampled_from((torch.int64, torch.int32, torch.uint8))),
+        seed=draw(st.integers(0, 2**16)),
+    )  # fmt: skip
+
+
+def uninterrupted(inputs: MoeInputs, tiles=None) -> torch.Tensor:
+    run = TritonMoe(inputs, None, 0, tiles=tiles)
+    run.launch_all()
+    return run.output
+
+
+def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
+    """Design tolerances, against the reference in float32."""
+    assert output.dtype == inputs.hidden_states.dtype
+    reference = moe_reference(
+        inputs.hidden_states.float(), inputs.gate_up_proj.float(), inputs.down_proj.float(),
+        inputs.top_k_index, inputs.top_k_weights, inputs.activation,
+    )  # fmt: skip
+    if not reference.any():
+        assert not output.any()
+        return
+    error = output.float() - reference
+    rms = error.square().mean().sqrt() / reference.square().mean().sqrt()
+    if inputs.hidden_states.dtype == torch.float32:
+        assert rms <= 1e-5
+        return
+    assert error.abs().max() / reference.abs().max() <= 2e-2
+    if reference.numel() >= 64:  # of fewer, one unlucky rounding decides
+        assert rms <= 4e-3
+
+
+@contextlib.contextmanager
+def hooked(name: str, before):
+    """Call ``before(*args)`` ahead of every operation ``name`` of the interpreter."""
+    original = getattr(interpreter_builder, name)
+
+    def hook(*args, **kwargs):
+        before(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(interpreter_builder, name, hook)
+    try:
+        yield
+    finally:
+        delattr(interpreter_builder, name)
+
+
+def flipping(flag: PriorityFlag, gaps):
+    """Pause the class if it runs, else resume it, after each of these numbers of atomic operations."""
+    gaps = iter(gaps)
+    left = next(gaps, None)
+
+    def before(*_):
+        nonlocal left
+        if left is None:
+            return
+        if left == 0:
+            flag.resume(0, "test") if flag.paused(0) else flag.pause(0, "test")
+            left = next(gaps, None)
+        else:
+            left -= 1
+
+    return hooked("create_atomic_rmw", before)
+
+
+# -- properties --------------------------------------------------------------------------------------
+
+
+@given(
+    layers(),
+    st.sampled_from(TILES),
+    st.lists(st.integers(0, 12), max_size=12),
+    st.lists(st.none() | st.integers(1, 9), min_size=1, max_size=5),
+    st.sampled_from((1, 2, 2**31 - 1)),
+)
+def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share):
+    expected = uninterrupted(inputs, tiles)
+    assert_close(inputs, expected)
+    flag = PriorityFlag()
+    flag.share(0, share)
+    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    done, steps = 0, 0
+    with flipping(flag, gaps):
+        while True:
+            quantum = quanta[steps % len(quanta)]
+            finished = run.step(quantum)
+            assert done <= run.tiles_done <= run.tiles_total
+            assert run.tiles_taken == run.tiles_done
+            assert quantum is None or run.tiles_done <= done + quantum
+            assert finished == (run.tiles_done == run.tiles_total)
+            done, steps = run.tiles_done, steps + 1
+            if finished:
+                break
+            flag.resume(0, "test")
+    assert torch.equal(run.output, expected)
+    assert not run.output.isnan().any()
+
+
+@given(layers(), st.sampled_from(TILES), st.lists(st.integers(0, 12), max_size=8))
+def test_every_element_is_written_once(inputs, tiles, gaps):
+    written = []
+    flag = PriorityFlag()
+    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    with (
+        flipping(flag, gaps),
+        hooked("create_masked_store", lambda ptrs, _, mask, *rest: written.append(ptrs.data[mask.data])),
+    ):
+        while not run.step(None):
+            flag.resume(0, "test")
+    addresses = np.sort(np.concatenate([np.empty(0, np.uint64), *written]))
+
+    here = ((inputs.top_k_index.long() >= 0) & (inputs.top_k_index.long() < inputs.num_experts)).view(-1)
+    first, count = int((inputs.top_k_index.long() < 0).sum()), int(here.sum())
+    rows = [
+        elements(run._output, range(inputs.num_tokens)),
+        elements(run._intermediate, range(first, first + count)),
+        *(elements(part, here.nonzero().view(-1).tolist()) for part in run._partial),
+    ]
+    assert np.array_equal(addresses, np.sort(np.concatenate(rows)))
+
+
+def elements(matrix: torch.Tensor, rows) -> np.ndarray:
+    """Addresses of the elements of some rows."""
+    columns = np.arange(matrix.shape[1])
+    offsets = (np.array(list(rows), dtype=np.int64)[:, None] * matrix.shape[1] + columns).reshape(-1)
+    return (offsets * matrix.element_size() + matrix.data_ptr()).astype(np.uint64)
+
+
+@given(layers(), st.lists(st.integers(0, 12), min_size=1, max_size=4))
+def test_launches_resume_without_the_host_knowing(inputs, gaps):
+    """What a gate on the stream does: launches one after another, and nobody reads how far they came."""
+    expected = uninterrupted(inputs)
+    flag = PriorityFlag()
+    run = TritonMoe(inputs, flag, 0)
+    if inputs.num_tokens:
+        with flipping(flag, gaps):
+            for _ in range(len(gaps) + 2):
+                run._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT))
+                flag.resume(0, "test")
+        run._read()
+    assert run.tiles_done == run.tiles_total
+    assert torch.equal(run.output, expected)
+
+
+# -- cases -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiles", TILES, ids=["default", "small", "uneven"])
+def test_every_activation_and_dtype(activation, dtype, tiles):
+    inputs = layer(9, 29, 19, 3, 2, dtype=dtype, activation=activation)
+    assert_close(inputs, uninterrupted(inputs, tiles))
+
+
+@pytest.mark.parametrize(
+    "case",
+    {
+        "one_token": layer(1, 8, 8, 4, 1),
+        "one_of_everything": layer(1, 1, 1, 1, 1),
+        "one_expert": layer(7, 13, 3, 1, 1, routing="one"),
+        "all_on_one_expert": layer(19, 8, 8, 4, 2, routing="one"),
+        "every_expert": layer(6, 8, 8, 5, 5, routing="all"),
+        "experts_without_tokens": layer(3, 8, 8, 40, 2, routing="all"),
+        "power_of_two_experts": layer(9, 8, 8, 16, 2, routing="all"),
+        "int8_index": layer(4, 8, 8, 3, 2, index_dtype=torch.int8),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_edge_case(case):
+    inputs = case[1]
+    expected = uninterrupted(inputs)
+    assert_close(inputs, expected)
+    run = TritonMoe(inputs, None, 0)
+    while not run.step(1):
+        assert run.tiles_taken == run.tiles_done
+    assert torch.equal(run.output, expected)
+
+
+@pytest.mark.parametrize("value", [-1, 3, -(2**40), 2**40])
+def test_pairs_outside_of_the_experts_are_skipped(value):
+    inputs = layer(6, routing="all")
+    inputs.top_k_index[2:4] = value
+    inputs.top_k_index[5, 0] = value
+    inputs.top_k_weights[2] = float("nan")  # of a skipped pair: never read
+    output = uninterrupted(inputs)
+    assert not output[2:4].any()
+    inputs.top_k_weights[2] = 0
+    assert_close(inputs, output)
+
+
+def test_no_tokens_is_done_at_once():
+    run = TritonMoe(layer(0), PriorityFlag(), 0)
+    assert (run.tiles_done, run.tiles_taken, run.tiles_total) == (0, 0, 0)
+    assert run.step(None)
+    assert run.output.shape == (0, 16)
+    assert uninterrupted(layer(0)).shape == (0, 16)
+
+
+def test_nan_weights_reach_only_the_tokens_that_use_them():
+    inputs = layer(8, top_k=1, routing="all")
+    inputs.down_proj[1, 0, 0] = float("nan")
+    output = uninterrupted(inputs)
+    uses = inputs.top_k_index[:, 0] == 1
+    assert 0 < uses.sum() < 8
+    assert torch.equal(output[:, 0].isnan(), uses)
+    assert not output[:, 1:].isnan().any()
+
+
+def test_inputs_are_not_changed():
+    inputs = layer(5, dtype=torch.bfloat16)
+    tensors = [value for value in vars(inputs).values() if isinstance(value, torch.Tensor)]
+    before = [tensor.clone() for tensor in tensors]
+    uninterrupted(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_a_quantum_is_used_up_exactly_across_phases():
+    inputs = layer(9, 29, 19, 3, 2)
+    run = TritonMoe(inputs, PriorityFlag(), 0, tiles=TILES[1])
+    counts = []
+    while not run.step(7):
+        counts.append(run.tiles_done)
+    assert counts == list(range(7, run.tiles_total, 7))
+    assert torch.equal(run.output, uninterrupted(inputs, TILES[1]))
+
+
+def test_a_paused_class_does_nothing():
+    flag = PriorityFlag()
+    flag.pause(0)
+    inputs = layer()
+    run = TritonMoe(inputs, flag, 0)
+    assert not run.step(None)
+    assert run.tiles_done == run.tiles_taken == 0
+    other = TritonMoe(inputs, flag, 1)
+    assert other.step(None)
+    flag.resume(0)
+    assert run.step(None)
+    flag.pause(0)
+    assert run.step(None)  # nothing left to be paused
+    assert torch.equal(run.output, other.output)
+
+
+def test_a_pause_past_its_deadline_ends_at_the_next_step():
+    now = [0.0]
+    flag = PriorityFlag(clock=lambda: now[0])
+    flag.pause(0, timeout_s=1.0)
+    run = TritonMoe(layer(), flag, 0)
+    assert not run.step(None)
+    now[0] = 2.0
+    assert run.step(None)
+
+
+def test_a_flag_leaves_within_one_tile():
+    """Paused at any atomic operation of a launch, no program takes another tile."""
+    inputs = layer(9, 29, 19, 3, 2)
+    whole = TritonMoe(inputs, None, 0, tiles=TILES[1])
+    whole.launch_all()
+    assert whole.tiles_total == whole.tiles_done
+    for place in range(0, 2 * whole._totals[0], 5):
+        flag = PriorityFlag()
+        run = TritonMoe(inputs, flag, 0, tiles=TILES[1])
+        with flipping(flag, [place]):
+            run.step(None)
+        # Atomics come in pairs, a poll and a ticket; a pause between the two comes too late for that tile.
+        assert run.tiles_done == -(-place // 2)
+
+
+def test_a_phase_that_may_not_begin_gives_out_no_ticket():
+    flag = PriorityFlag()
+    run = TritonMoe(layer(9), flag, 0)
+    # Paused at the second ticket, and running again when the four programs have all left.
+    with flipping(flag, [3, 8]):
+        run.step(None)
+    assert flag.read()[0] > 0
+    tickets = run._state[:3].tolist()
+    assert tickets[0] == 2 < run._totals[0]
+    assert tickets[1:] == [0, 0]
+
+
+def test_launch_all_never_asks_the_device(monkeypatch):
+    expected = uninterrupted(layer(7))
+
+    def refuse(*_, **__):
+        raise AssertionError("this waits for the device")
+
+    inputs = layer(7)
+    run = TritonMoe(inputs, None, 0)
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "bincount", "__bool__", "__int__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        run = TritonMoe(inputs, None, 0)
+        run.launch_all()
+    assert torch.equal(run.output, expected)
+
+
+def test_memory_and_grids_do_not_depend_on_the_routing():
+    runs = [TritonMoe(layer(9, experts=4, routing=routing), None, 0) for routing in ("one", "all", "any")]
+    for attribute in ("_intermediate", "_partial", "_state", "_output"):
+        assert len({getattr(run, attribute).shape for run in runs}) == 1
+    for phase in INTERPRETER:
+        assert len({run._grid(phase) for run in runs}) == 1
+
+
+def test_warm_up_computes_nothing_and_leaves_the_flag_alone():
+    flag = PriorityFlag()
+    warm_up(layer(1, 8, 8, 2, 2), flag)
+    assert flag.read() == (2**31 - 1,) * 2
+
+
+# -- a second thread ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_thread_that_flips_the_flag_at_random_changes_no_bit(seed):
+    inputs = layer(9, 29, 19, 3, 2, dtype=torch.bfloat16, seed=seed)
+    expected = uninterrupted(inputs)
+    flag = PriorityFlag()
+    flag.pause(0, "thread")
+    rng, finished = random.Random(seed), threading.Event()
+
+    def flip():
+        while not finished.is_set():
+            rng.choice((flag.pause, flag.resume, flag.resume))(0, "thread")
+            flag.share(0, rng.choice((1, 2, 2**31 - 1)))
+            time.sleep(rng.random() * 0.02)
+        flag.resume(0, "thread")
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        for _ in range(3):
+            output = moe(
+                inputs.hidden_states, inputs.gate_up_proj, inputs.down_proj, inputs.top_k_index,
+                inputs.top_k_weights, flag=flag, backend="triton",
+            )  # fmt: skip
+            assert torch.equal(output, expected)
+    finally:
+        finished.set()
+        thread.join()
