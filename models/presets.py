@@ -44,7 +44,7 @@ _TINY = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
     "vocab_size": 128,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
     "initializer_range": 0.12,
 }
 

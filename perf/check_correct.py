@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -10,16 +11,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from context import Context, fits, free_memory, one_line
-from layers import DEEPSEEK, OLMOE, QWEN3, SHAPES, TINY, Shape, Tensors, errors, layer_inputs, poisoned
-from layers import reference, settle, tokens, weights
+from context import Context, free_memory, one_line, that_fit
+from layers import (
+    DEEPSEEK,
+    OLMOE,
+    QWEN3,
+    SHAPES,
+    TINY,
+    Shape,
+    Tensors,
+    errors,
+    layer_bytes,
+    layer_inputs,
+    layer_name,
+    poisoned,
+    reference,
+    settle,
+    tokens,
+    weights,
+)
 
 from qllm_ops import FULL, MoeRun, PriorityFlag, moe
 
 TOKENS = (1, 8, 32, 256, 2048, 8192)
 
 
-# -- correctness -------------------------------------------------------------------------------------------
+# -- correctness -----------------------------------------------------------------------------------------
 
 
 def correctness(c: Context) -> dict[str, Any]:
@@ -30,23 +47,25 @@ def correctness(c: Context) -> dict[str, Any]:
     """
     rows: list[dict[str, Any]] = []
     result = {"cases": rows, "passed": True}
-    for (shape, dtype), _ in c.in_time(_plan(c), lambda case: f"{case[0].name} {case[1]}"):
-        if not fits(c.device, shape.num_experts * shape.expert_bytes * dtype.itemsize // 2):
-            c.left_out.append(f"{shape.name} {dtype}: not enough memory")
-            continue
-        pair = weights(shape, dtype, c.device)
-        counts = _token_counts(c) if dtype == torch.bfloat16 or c.rehearsal else (1, 32, 256)
-        cases = [(f"T={t}", lambda t=t: layer_inputs(shape, t, pair)) for t in counts]
-        if shape in (OLMOE, TINY) and dtype == torch.bfloat16:
-            cases += edges(shape, pair)
-        failed = [row for name, make in cases if not _case(c, rows, shape, dtype, name, make)["passed"]]
-        del pair, cases
+    plan = that_fit(c, _plan(c), lambda case: case[0].layer_bytes * case[1].itemsize // 2)
+    for (shape, dtype), _ in c.in_time(plan, lambda case: f"{case[0].name} {case[1]}"):
+        failed = _one_shape(c, rows, shape, dtype)
         free_memory(c.device)
         worst = max((r["rms"] or 0.0 for r in rows if r["shape"] == shape.name), default=0.0)
         c.say(f"{shape.name} {short(dtype)}: {'FAILED' if failed else 'fine'}, worst RMS error {worst:.1e}")
         result["passed"] = all(row["passed"] for row in rows)
         c.keep(result)
     return result
+
+
+def _one_shape(c: Context, rows: list, shape: Shape, dtype: torch.dtype) -> int:
+    """How many cases failed."""
+    pair = weights(shape, dtype, c.device)
+    counts = _token_counts(c) if dtype == torch.bfloat16 or c.rehearsal else (1, 32, 256)
+    cases = [(f"T={t}", functools.partial(layer_inputs, shape, t, pair)) for t in counts]
+    if shape in (OLMOE, TINY) and dtype == torch.bfloat16:
+        cases += edges(shape, pair)
+    return sum(not _case(c, rows, shape, dtype, name, make)["passed"] for name, make in cases)
 
 
 def _plan(c: Context) -> list[tuple[Shape, torch.dtype]]:
@@ -119,7 +138,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# -- the same bits, however it is preempted ----------------------------------------------------------------
+# -- the same bits, however it is preempted --------------------------------------------------------------
 
 
 def bitwise(c: Context) -> dict[str, Any]:
@@ -131,8 +150,8 @@ def bitwise(c: Context) -> dict[str, Any]:
     """
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"cases": rows, "left_early": 0, "passed": True}
-    shape_of = lambda case: f"{case[0].name} T={case[1]}"  # noqa: E731
-    for (shape, num_tokens), seconds in c.in_time(_bitwise_plan(c), shape_of):
+    plan = that_fit(c, _bitwise_plan(c), layer_bytes)
+    for (shape, num_tokens), seconds in c.in_time(plan, layer_name):
         pair = weights(shape, torch.bfloat16, c.device)
         tensors = layer_inputs(shape, num_tokens, pair)
         row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
@@ -145,7 +164,7 @@ def bitwise(c: Context) -> dict[str, Any]:
                 torch.cuda.synchronize(c.device)
         del pair, tensors
         free_memory(c.device)
-        c.say(f"{shape_of((shape, num_tokens))}: {'fine' if row['passed'] else 'FAILED'} {_brief(row)}")
+        c.say(f"{layer_name((shape, num_tokens))}: {'fine' if row['passed'] else 'FAILED'} {_brief(row)}")
         result["left_early"] += row["left_early"]
         result["passed"] = all(r["passed"] for r in rows)
         c.keep(result)
@@ -221,11 +240,9 @@ class Preempted:
             self.steps += 1
             self.expect(way, run.tiles_taken == done, f"{run.tiles_taken} tiles taken, {done} done")
             self.expect(way, done >= before, f"from {before} to {done} tiles")
-            if done == before:
-                # Only a pause may do that, and it is waited for.
-                if not self.flipping:
-                    self.expect(way, False, f"a step did nothing at {done} of {run.tiles_total}")
-                    return
+            if done == before and not self.flipping:  # only a pause may do that
+                self.expect(way, False, f"a step did nothing at {done} of {run.tiles_total}")
+                return
             before = done
             if not run.done:
                 self.flag.wait(0)

@@ -16,6 +16,7 @@ has: the write until `MoeRun.step` has returned in another thread, result read a
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -23,9 +24,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from context import Context, Skip, free_memory, one_line
-from layers import DEEPSEEK, GPT_OSS, MIXTRAL, OLMOE, QWEN3, TINY, Launches, Shape, Tensors
-from layers import layer_inputs, settle, weights
+from context import Context, Skip, free_memory, one_line, that_fit
+from layers import (
+    DEEPSEEK,
+    GPT_OSS,
+    MIXTRAL,
+    OLMOE,
+    QWEN3,
+    TINY,
+    Launches,
+    Shape,
+    Tensors,
+    layer_bytes,
+    layer_inputs,
+    layer_name,
+    settle,
+    weights,
+)
 from timing import spread, synchronize
 
 from qllm_ops import FULL, MoeRun, PriorityFlag
@@ -36,10 +51,9 @@ MOMENTS = (0.03, 0.85)
 
 
 def latency(c: Context) -> dict[str, Any]:
-    plan = _plan(c)
+    plan = that_fit(c, _plan(c), layer_bytes)
     result: dict[str, Any] = {"bare": bare_costs(c), "cases": []}
-    names = lambda case: f"{case[0].name} T={case[1]}"  # noqa: E731
-    for (shape, num_tokens, samples), seconds in c.in_time(plan, names):
+    for (shape, num_tokens, samples), seconds in c.in_time(plan, layer_name):
         pair = weights(shape, torch.bfloat16, c.device)
         tensors = layer_inputs(shape, num_tokens, pair)
         row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens, "writers": {}}
@@ -54,7 +68,7 @@ def latency(c: Context) -> dict[str, Any]:
             except Exception as error:
                 row["writers"][way] = {"error": one_line(error)}
                 synchronize(c.device)
-            c.say(f"{names((shape, num_tokens))} {way}: {brief(row['writers'][way])}")
+            c.say(f"{layer_name((shape, num_tokens))} {way}: {brief(row['writers'][way])}")
         del pair, tensors
         free_memory(c.device)
         c.keep(result)
@@ -87,13 +101,14 @@ def brief(row: dict[str, Any]) -> str:
     if not row["host_us"]:
         return f"none of {row['samples']} left early"
     host = row["host_us"]
-    text = f"p50 {host['p50']:.0f} us, p99 {host['p99']:.0f}, max {host['max']:.0f} ({host['n']} of {row['samples']} left early)"
+    text = f"p50 {host['p50']:.0f} us, p99 {host['p99']:.0f}, max {host['max']:.0f}"
+    text += f" ({host['n']} of {row['samples']} left early)"
     if row.get("device_us"):
         text += f"; on the device p50 {row['device_us']['p50']:.1f}, p99 {row['device_us']['p99']:.1f}"
     return text
 
 
-# -- ways of writing the flag --------------------------------------------------------------------------------
+# -- ways of writing the flag ----------------------------------------------------------------------------
 
 
 class FlagWriter:
@@ -136,7 +151,14 @@ def writer_of(name: str, device: torch.device) -> FlagWriter | FillWriter:
     return FillWriter(device) if name == "fill_" else FlagWriter(name, device)
 
 
-# -- a launch that nobody waits for ---------------------------------------------------------------------------
+def warm_up(writer: FlagWriter | FillWriter) -> None:
+    """The first copy of a value takes pinned memory from the driver."""
+    writer.pause()
+    writer.resume()
+    writer.stream.synchronize()
+
+
+# -- a launch that nobody waits for ----------------------------------------------------------------------
 
 
 def enqueued_exits(
@@ -144,13 +166,17 @@ def enqueued_exits(
 ) -> dict[str, Any]:
     stream = torch.cuda.Stream(device=c.device)
     draw = random.Random(0)
+    warm_up(writer)
     length_s = min(_exit(tensors, writer, stream, None)["length_s"] for _ in range(3))
     taken = []
     while len(taken) < samples and (len(taken) < 5 or time.monotonic() < until):
         taken.append(_exit(tensors, writer, stream, draw.uniform(*MOMENTS) * length_s))
     early = [s for s in taken if s["left_early"]]
     phases = {
-        phase: {"host_us": spread(hosts), "device_us": spread(s["device_us"] for s in early if s["phase"] == n)}
+        phase: {
+            "host_us": spread(hosts),
+            "device_us": spread(s["device_us"] for s in early if s["phase"] == n),
+        }
         for n, phase in enumerate(("gate_up", "down", "combine"))
         if (hosts := [s["host_us"] for s in early if s["phase"] == n])
     }
@@ -210,11 +236,13 @@ def _exit(
     }
 
 
-# -- what the caller of step() sees ---------------------------------------------------------------------------
+# -- what the caller of step() sees ----------------------------------------------------------------------
 
 
 def step_exits(c: Context, tensors: Tensors, samples: int, until: float) -> dict[str, Any]:
     flag = PriorityFlag(c.device)
+    flag.pause(0)
+    flag.resume(0)
     draw = random.Random(0)
     length_s = min(_timed_step(c, tensors, flag, None)[1] for _ in range(3))
     early, count = [], 0
@@ -236,8 +264,8 @@ def _timed_step(
     begun, seen = threading.Event(), {}
 
     def step() -> None:
-        stream = torch.cuda.Stream(device=c.device) if c.device.type == "cuda" else None
-        with torch.cuda.stream(stream):  # None: no stream to set
+        on_gpu = c.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(device=c.device)) if on_gpu else contextlib.nullcontext():
             seen["begun"] = time.perf_counter()
             begun.set()
             seen["finished"] = run.step()
@@ -259,7 +287,7 @@ def _timed_step(
     return seen["finished"], seen["ended"] - ordered
 
 
-# -- what nothing costs -----------------------------------------------------------------------------------------
+# -- what nothing costs ----------------------------------------------------------------------------------
 
 
 def bare_costs(c: Context, samples: int = 200) -> dict[str, Any]:
@@ -298,6 +326,7 @@ def bare_costs(c: Context, samples: int = 200) -> dict[str, Any]:
 
 def _bare_write(writer: FlagWriter | FillWriter, samples: int) -> dict[str, Any]:
     """Issue: the call. Done: until an event behind the write is seen."""
+    warm_up(writer)
     issue, done = [], []
     event = torch.cuda.Event()
     for _ in range(samples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -64,8 +65,31 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def fits(device: torch.device, nbytes: int) -> bool:
-    return device.type != "cuda" or nbytes < torch.cuda.mem_get_info(device)[0] * 0.9
+def that_fit(c: Context, shapes: Iterable[T], nbytes: Callable[[T], int]) -> list[T]:
+    """Those cases whose weights leave some memory on the device; the others are left out."""
+    if c.device.type != "cuda":
+        return list(shapes)
+    free, cases = torch.cuda.mem_get_info(c.device)[0], list(shapes)
+    c.left_out += [f"{case}: not enough memory" for case in cases if nbytes(case) > 0.7 * free]
+    return [case for case in cases if nbytes(case) <= 0.7 * free]
+
+
+SMI_FIELDS = (
+    *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
+    *("power.draw", "power.limit", "temperature.gpu", "memory.used", "memory.total", "mig.mode.current"),
+)
+
+
+def nvidia_smi(device: torch.device) -> dict[str, str] | None:
+    """What nvidia-smi says of the device; it only reads. None where it does not work."""
+    fields = ",".join(SMI_FIELDS)
+    query = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=15)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = done.stdout.strip().split(", ")
+    return dict(zip(SMI_FIELDS, values, strict=True)) if len(values) == len(SMI_FIELDS) else None
 
 
 def one_line(error: BaseException) -> str:

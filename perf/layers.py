@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import checkout  # noqa: F401  (makes qllm_ops importable)
 import torch
@@ -38,6 +39,10 @@ class Shape:
         """Bytes of one expert's weights in 16 bits."""
         return 6 * self.hidden_size * self.intermediate_size
 
+    @property
+    def layer_bytes(self) -> int:
+        return self.num_experts * self.expert_bytes
+
     def flops(self, pairs: int) -> int:
         return 6 * pairs * self.hidden_size * self.intermediate_size
 
@@ -49,6 +54,15 @@ GPT_OSS = Shape("gpt-oss-20b sizes", 2880, 2880, 32, 4)  # plain SwiGLU, no bias
 DEEPSEEK = Shape("DeepSeek-V3", 7168, 2048, 256, 8)
 SHAPES = (QWEN3, MIXTRAL, OLMOE, GPT_OSS, DEEPSEEK)
 TINY = Shape("tiny", 64, 96, 8, 2)
+
+
+def layer_name(case: Sequence[Any]) -> str:
+    """Of a case that begins with a shape and a number of tokens."""
+    return f"{case[0].name} T={case[1]}"
+
+
+def layer_bytes(case: Sequence[Any]) -> int:
+    return case[0].layer_bytes
 
 
 def weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -75,9 +89,7 @@ def tokens(
     return hidden_states, top_k_index, (top_k_weights / top_k_weights.sum(-1, keepdim=True)).to(dtype)
 
 
-def layer_inputs(
-    shape: Shape, num_tokens: int, pair: tuple[Tensor, Tensor], seed: int = 1
-) -> Tensors:
+def layer_inputs(shape: Shape, num_tokens: int, pair: tuple[Tensor, Tensor], seed: int = 1) -> Tensors:
     """The arguments of `moe` for a pair of weights."""
     hidden_states, index, weight = tokens(shape, num_tokens, pair[0].dtype, pair[0].device, seed)
     return hidden_states, *pair, index, weight
@@ -138,7 +150,7 @@ def floor_seconds(shape: Shape, index: Tensor, bandwidth: float, flops_per_s: fl
     return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
 
 
-# -- peers -------------------------------------------------------------------------------------------------
+# -- peers -----------------------------------------------------------------------------------------------
 
 
 def transformers_experts(
@@ -168,7 +180,7 @@ def transformers_experts(
     return implementation
 
 
-# -- the flag and launches, from close by -------------------------------------------------------------------
+# -- the flag and launches, from close by ----------------------------------------------------------------
 
 
 def settle(flag: PriorityFlag) -> None:

@@ -7,6 +7,7 @@ On a CPU the same functions use the host's clock.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,16 @@ def spread(values: Iterable[float]) -> dict[str, float | int] | None:
         return None
     p25, p50, p75, p90, p99 = (float(p) for p in np.percentile(v, (25, 50, 75, 90, 99)))
     ends = {"min": float(v.min()), "max": float(v.max())}
-    return {"n": len(v), "mean": float(v.mean()), **ends, "p25": p25, "p50": p50, "p75": p75, "p90": p90, "p99": p99}
+    return {
+        "n": len(v),
+        "mean": float(v.mean()),
+        **ends,
+        "p25": p25,
+        "p50": p50,
+        "p75": p75,
+        "p90": p90,
+        "p99": p99,
+    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -54,7 +64,12 @@ def capture(call: Call, device: torch.device) -> Call:
     except BaseException:
         torch.cuda.set_stream(current)  # a capture that fails at its end leaves its own stream behind
         raise
-    return graph.replay
+    # The graph has the addresses of what `call` holds, so that must live as long.
+    return functools.partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    graph.replay()
 
 
 def timed(call: Call, device: torch.device) -> Callable[[], float]:

@@ -63,22 +63,25 @@ def split(start: int, stop: int, most: int) -> list[tuple[int, int]]:
 def make_tiles(edges: list[int], hidden_size: int, intermediate_size: int) -> list[list[Block]]:
     """Cut the rows into tiles, where expert e owns rows edges[e] to edges[e + 1].
 
-    A tile is one block of rows of one expert; or, where consecutive experts have only a few rows each (a
-    decode step), several of them: then the calls would cost more than the products.
+    A tile is one block of rows of one expert; or, where consecutive experts have only a few rows each,
+    blocks of several of them: a tile for each would cost more in calls than in products.
     """
     most_rows = tile_rows(hidden_size, intermediate_size)
     most_experts = GROUP_BYTES // (12 * hidden_size * intermediate_size)
     tiles: list[list[Block]] = []
-    open_group: list[Block] | None = None
+    last_has_many = None
     for expert, (first, last) in enumerate(itertools.pairwise(edges)):
-        if last - first >= MANY_ROWS:
-            tiles += [[(expert, start, stop)] for start, stop in split(first, last, most_rows)]
-            open_group = None
-        elif first < last:
-            if open_group is None or len(open_group) >= most_experts:
-                open_group = []
-                tiles.append(open_group)
-            open_group.append((expert, first, last))
+        for start, stop in split(first, last, most_rows):
+            has_many = stop - start >= MANY_ROWS
+            if (
+                has_many == last_has_many
+                and len(tiles[-1]) < most_experts
+                and stop - tiles[-1][0][1] <= most_rows
+            ):
+                tiles[-1].append((expert, start, stop))
+            else:
+                tiles.append([(expert, start, stop)])
+            last_has_many = has_many
     return tiles
 
 
@@ -166,15 +169,13 @@ class TorchMoe:
         """The rows of one tile, from hidden states to `_pair_out`."""
         inputs, first, start, stop = self.inputs, tile[0][0], tile[0][1], tile[-1][2]
         rows, mean_rows = stop - start, (stop - start) / len(tile)
-        # What `_multiply` needs is made ready before the first product has emptied the caches.
+        # What `multiply` needs is made ready before the first product has emptied the caches.
         blocks = [(expert - first, a - start, b - start) for expert, a, b in tile]
         experts = slice(first, tile[-1][0] + 1)
         gate_up_proj, down_proj = inputs.gate_up_proj[experts].mT, inputs.down_proj[experts].mT
-        ends = (
-            self._ends[experts] - start
-            if self._can_group and 1 < len(tile) and mean_rows < WIDE_ROWS
-            else None
-        )
+        # One call for many experts, but it also spends some time on those of them that have no rows.
+        one_call = self._can_group and mean_rows < WIDE_ROWS and 2 * len(tile) > gate_up_proj.shape[0] + 4
+        ends = self._ends[experts] - start if one_call else None
         x, out = self._x[:rows], self._pair_out[start:stop]
         gate_up = scratch(self._gate_up, rows, 2 * inputs.intermediate_size, mean_rows >= WIDE_ROWS)
         gate, up = gate_up.chunk(2, dim=1)

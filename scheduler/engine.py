@@ -107,12 +107,12 @@ class Engine:
 
         Raises:
             ValueError: a token id outside the vocabulary, an empty prompt, one that does not fit the KV
-                memory, an id in use, a bad sampling parameter.
+                memory or the model's positions, an id in use, a bad sampling parameter.
             RuntimeError: the engine is closed.
         """
         request = Request(
             id=id if id is not None else f"request-{next(self._names)}",
-            prompt=self.runner.check_prompt(prompt),
+            prompt=self.runner.check_prompt(prompt, max_new_tokens),
             priority=priority,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p, seed),

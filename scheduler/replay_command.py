@@ -72,7 +72,7 @@ def run(o: SimpleNamespace, given: set[str], out: Console) -> list[str]:
     place = _place(o)
     _make_folder(o.out_dir)
     model, label = _load(o, place)
-    notes += _check_fit(model, arrivals, o, limits)
+    _check_fit(model, o, limits)
     described = _describe(o, arrivals)
     out.print(Text(f"{label}\n{described}"), soft_wrap=True)
     runs, slo_s = _replay(model, arrivals, o, limits, out)
@@ -223,19 +223,10 @@ def _load(o: SimpleNamespace, place: torch.device) -> tuple[PreTrainedModel, str
     return model, f"{label}, {str(model.dtype).removeprefix('torch.')}"
 
 
-def _check_fit(
-    model: PreTrainedModel, arrivals: list[workload.Arrival], o: SimpleNamespace, limits: Limits
-) -> list[str]:
-    """See that an engine takes the model and the limits before the clock runs; returns notes."""
+def _check_fit(model: PreTrainedModel, o: SimpleNamespace, limits: Limits) -> None:
+    """See that an engine takes the model and the limits before the clock runs."""
     with _bad_input(ValueError), _memory(f"--kv-tokens {limits.kv_tokens} needs more memory than there is"):
         Engine(model, policy=o.policy[0], limits=limits, backend=o.backend.value).close()
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    beyond = sum(a.prompt_tokens + a.output_tokens > most for a in arrivals) if most else 0
-    if not beyond:
-        return []
-    return [
-        f"{beyond} of {len(arrivals)} requests are longer than the {most} positions the model was made for."
-    ]
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ class Runner:
         self.model, self.flag, self.log = model, flag, log
         self.device = next(model.parameters()).device
         self.vocab_size = model.get_input_embeddings().num_embeddings
+        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.pool = KVPool(model, kv_tokens)
         self.block_scores = attention.BLOCK_SCORES if self.device.type == "cpu" else 2**62
         expected = self._probe_plain()
@@ -47,11 +48,17 @@ class Runner:
     def close(self) -> None:
         self.model.set_attn_implementation(self._attention)
 
-    def check_prompt(self, prompt: Sequence[int]) -> list[int]:
+    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The prompt as a list, if the model can take it. Raises ValueError."""
         ids = [int(token) for token in prompt]
         bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
         if bad is not None:
             raise ValueError(f"prompt: token id {bad} is outside the vocabulary of {self.vocab_size}")
+        if self.max_positions is not None and len(ids) + max_new_tokens > self.max_positions:
+            raise ValueError(
+                f"prompt: {len(ids)} prompt + {max_new_tokens} new tokens are more than the "
+                f"{self.max_positions} positions that the model has (max_position_embeddings)"
+            )
         return ids
 
     @contextlib.contextmanager
@@ -109,7 +116,7 @@ class Runner:
 
     # -- proof that the model's attention is ours to replace -----------------------------------------
 
-    PROBE = 7  # tokens: five and one of one row in two chunks, with another row beside
+    PROBE = 7  # tokens, computed in two chunks with another row beside the second
 
     def _probe_ids(self) -> list[int]:
         return [(i * 7 + 1) % self.vocab_size for i in range(self.PROBE)]
@@ -133,11 +140,15 @@ class Runner:
             ids[4:] + ids[: n - 2], Ragged([Segment(0, n - 4, 4, 0), Segment(n - 4, n - 2, 0, n)])
         ).float()
         want = expected[[n - 1, n - 3]]
+        if not want.isfinite().all():
+            raise ValueError(
+                f"{type(self.model).__name__}: its logits for a few tokens are not finite numbers"
+            )
         error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item()
         allowed = PROBE_ERROR.get(self.model.dtype, 5e-2)
         if not error <= allowed:
             raise ValueError(
                 f"{type(self.model).__name__}: with the engine's attention the logits of a probe differ by "
-                f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention is "
-                "not supported"
+                f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention "
+                "is not supported"
             )

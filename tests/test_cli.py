@@ -16,15 +16,18 @@ from qllm_ops.scheduler import cli, replay_command
 from qllm_ops.scheduler.policies import POLICIES
 from qllm_ops.scheduler.records import Finished, RunRecord
 
-TINY = ["--preset", "tiny", "--kv-tokens", "2048", "--prefill-tokens", "128"]
+TINY = ["--preset", "tiny", "--threads", "1", "--kv-tokens", "2048", "--prefill-tokens", "128"]
 SHORT = ["--rate", "25", "--duration", "0.5", "--ls-fraction", "0.4", "--be-prompt", "64", "200"]
 SHORT += ["--ls-prompt", "4", "16", "--ls-output", "2", "5", "--be-output", "2", "5", "--seed", "3"]
 
 
 @pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """Output as in a wide terminal, so that no line is folded by chance."""
+def surroundings(monkeypatch):
+    """Output as in a wide terminal, so that no line is folded by chance; --threads is undone."""
     monkeypatch.setenv("COLUMNS", "200")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -148,9 +151,8 @@ def test_traces_and_a_model_folder(qllm, capsys, tmp_path):
     assert (run["be"]["requests"], run["be"]["completed"], run["be"]["refused"]) == (3, 2, 1)
     notes = " ".join(report["notes"])
     assert "tile: be-1 refused: " in notes
-    assert "5000 prompt" in notes
+    assert "5000 prompt + 2 new tokens are more than the 4096 positions" in notes
     assert "1 of 2 requests cut to 4" in notes
-    assert "longer than the 512 positions" in notes
     assert "be-1 refused" in out
     assert report["meta"]["model"].startswith(str(model))
     assert "ls.csv and be.csv" in report["meta"]["workload"]
@@ -319,6 +321,7 @@ def run_record(name: str, tokens: list[int], status: str = "done", margin: float
 def test_exit_code_of_a_replay(qllm, tmp_path, monkeypatch, other, code, said):
     runs = {"fcfs": run_record("fcfs", [1, 2]), "tile": other}
     monkeypatch.setattr(replay_command, "run_all", lambda *args, **kwargs: (runs, 1.0))
+    monkeypatch.setattr(replay_command, "write_png", lambda *args: None)
     got, _, err = qllm("replay", *TINY, *SHORT, "--out", tmp_path)
     assert got == code
     assert said in err

@@ -313,6 +313,7 @@ def test_closing_ends_what_is_left(model):
         ({"prompt": []}, "prompt must hold at least one token"),
         ({"prompt": [3, 128]}, "token id 128 is outside the vocabulary of 128"),
         ({"prompt": [-1]}, "token id -1 is outside"),
+        ({"prompt": [1] * 4090}, r"4090 prompt \+ 16 new tokens are more than the 4096 positions"),
         ({"prompt": [1] * 3600}, "need 3616 tokens of KV memory; its class can have 3584"),
         ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"prompt": [1], "priority": 2}, "priority must be from 0 to 1, got 2"),

@@ -1,0 +1,307 @@
+"""Sections "ceilings", "polling" and "speed" of `gpu_check.py`."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from context import Context, free_memory, nvidia_smi, one_line, that_fit
+from layers import (
+    DEEPSEEK,
+    GPT_OSS,
+    MAX_RELATIVE,
+    MIXTRAL,
+    OLMOE,
+    QWEN3,
+    SHAPES,
+    TINY,
+    Launches,
+    Shape,
+    Tensors,
+    errors,
+    floor_seconds,
+    layer_bytes,
+    layer_inputs,
+    layer_name,
+    transformers_experts,
+    weights,
+)
+from timing import capture, copy_bandwidth, host_seconds, interleaved, matmul_rate, spread, synchronize
+
+from qllm_ops import PriorityFlag, moe
+
+TOKENS = (1, 8, 32, 256, 2048, 8192)
+MOST_COPIED = 8e9
+"""transformers' batched_mm copies the weights for every (token, k) pair: it is run up to so many bytes."""
+
+
+# -- what the device can do ------------------------------------------------------------------------------
+
+
+def ceilings(c: Context) -> dict[str, Any]:
+    """Copy bandwidth (bytes read plus written) and the rate of a large product, on random numbers."""
+    nbytes, size = (1 << 24, 512) if c.rehearsal else (1 << 32, 8192)
+    dtype = torch.float32 if c.rehearsal else torch.bfloat16
+    copy = copy_bandwidth(c.device, nbytes)
+    free_memory(c.device)
+    product = matmul_rate(c.device, size, dtype)
+    free_memory(c.device)
+    c.say(f"copy {copy['p50'] / 1e12:.3f} TB/s, {size}^3 product {product['p50'] / 1e12:.0f} TFLOP/s")
+    result = {"copy_bytes_per_s": copy, "product_flops_per_s": product, "product_size": size}
+    if c.device.type == "cuda":
+        result["nvidia_smi_under_load"] = _smi_under_load(c, size, product["p50"])
+    return result
+
+
+def _smi_under_load(c: Context, size: int, rate: float, seconds: float = 1.5) -> dict[str, str] | None:
+    """Clocks and power while products run; idle, they say nothing."""
+    a = torch.empty(size, size, dtype=torch.bfloat16, device=c.device).normal_()
+    out = torch.empty_like(a)
+    for _ in range(int(seconds * rate / (2 * size**3))):
+        torch.mm(a, a, out=out)
+    found = nvidia_smi(c.device)
+    synchronize(c.device)
+    return found
+
+
+def _ceilings(c: Context) -> tuple[float, float]:
+    found = c.results.get("ceilings", {}).get("result") or ceilings(c)
+    return found["copy_bytes_per_s"]["p50"], found["product_flops_per_s"]["p50"]
+
+
+# -- what polling costs ----------------------------------------------------------------------------------
+
+
+def polling(c: Context) -> dict[str, Any]:
+    """The three kernels compiled with and without the poll, on the same run, in turns.
+
+    Without the poll twice: what the two differ by is noise. Overhead is the median over the rounds of
+    (with / without) within a round, minus 1.
+    """
+    result: dict[str, Any] = {"cases": []}
+    plan = that_fit(c, _polling_plan(c), layer_bytes)
+    for (shape, num_tokens), seconds in c.in_time(plan, layer_name):
+        pair = weights(shape, torch.float32 if c.rehearsal else torch.bfloat16, c.device)
+        row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
+        result["cases"].append(row)
+        try:
+            calls, layers = _polled_calls(c, shape, num_tokens, pair)
+            times = interleaved(calls, c.device, 0.6 * seconds, least=15, most=20 if c.rehearsal else 300)
+            row |= _overhead(times, layers)
+            c.say(
+                f"{layer_name((shape, num_tokens))}: {row['overhead'] * 100:+.2f} % "
+                f"(noise {row['noise'] * 100:+.2f} %), {row['without_us']['p50']:.1f} us without"
+            )
+        except Exception as error:
+            row["error"] = one_line(error)
+            c.say(f"{layer_name((shape, num_tokens))}: {row['error']}")
+            synchronize(c.device)
+        calls = None
+        del pair
+        free_memory(c.device)
+        c.keep(result)
+    return result
+
+
+def _polling_plan(c: Context) -> list[tuple[Shape, int]]:
+    if c.rehearsal:
+        return [(TINY, 64)]
+    if c.quick:
+        return [(QWEN3, 32), (MIXTRAL, 2048)]
+    shapes = (QWEN3, MIXTRAL, OLMOE, GPT_OSS)
+    return [*((shape, t) for t in (2048, 32, 1) for shape in shapes), (DEEPSEEK, 2048)]
+
+
+def _polled_calls(
+    c: Context, shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[dict[str, Callable[[], object]], int]:
+    """The calls, and how many layers each of them runs."""
+    inputs = _rotated(shape, num_tokens, pair)
+    flag = PriorityFlag(c.device)
+    if c.backend != "triton":
+        without = lambda: [moe(*x, backend=c.backend) for x in inputs]  # noqa: E731
+        polled = lambda: [moe(*x, flag=flag, backend=c.backend) for x in inputs]  # noqa: E731
+        return {"without": without, "again": without, "with": polled}, len(inputs)
+    runs = [Launches(x, flag) for x in inputs]
+
+    def launch(poll: bool) -> None:
+        for run in runs:
+            run.rewind()
+            run.enqueue(poll)
+
+    calls = {
+        name: capture(functools.partial(launch, poll), c.device)
+        for name, poll in (("without", False), ("again", False), ("with", True))
+    }
+    for replay in calls.values():
+        replay()
+        progress = runs[0].progress()
+        runs[0].rewind()
+        if progress["done"] != progress["total"]:
+            raise AssertionError(f"a launch left tiles: {progress}")
+    return calls, len(inputs)
+
+
+def _overhead(times: dict[str, list[float]], layers: int) -> dict[str, Any]:
+    def over(name: str) -> list[float]:
+        return [a / b - 1 for a, b in zip(times[name], times["without"], strict=True)]
+
+    return {
+        "overhead": statistics.median(over("with")),
+        "noise": statistics.median(over("again")),
+        "overhead_spread": spread(over("with")),
+        "noise_spread": spread(over("again")),
+        "without_us": _per_layer(times["without"], layers),
+        "with_us": _per_layer(times["with"], layers),
+    }
+
+
+def _per_layer(seconds: list[float], layers: int) -> dict[str, float | int] | None:
+    return spread(s / layers * 1e6 for s in seconds)
+
+
+def _rotated(shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]) -> list[Tensors]:
+    """Several inputs of different routing, so that a small layer's weights do not stay in the L2 cache."""
+    sets = 8 if num_tokens <= 32 else 3 if num_tokens <= 2048 else 1
+    return [layer_inputs(shape, num_tokens, pair, seed=10 + n) for n in range(sets)]
+
+
+# -- against transformers --------------------------------------------------------------------------------
+
+
+def speed(c: Context) -> dict[str, Any]:
+    """One layer, ours and transformers' experts on the same tensors, per layer in microseconds.
+
+    `graph`: device time, several layers of different routing as one CUDA graph, implementations in turns.
+    `host`: the same calls one after another as Python makes them: where the device is faster than Python,
+    this is Python. `with flag` is `moe` with a flag, which waits for every layer. `of_floor`: floor over
+    our graph time, with this device's measured ceilings. Sorting by expert is part of every time, the
+    router of none.
+    """
+    bandwidth, rate = _ceilings(c)
+    shapes = that_fit(c, _speed_shapes(c), lambda shape: shape.layer_bytes)
+    result: dict[str, Any] = {"cases": []}
+    for shape, seconds in c.in_time(shapes, lambda shape: shape.name):
+        dtype = torch.float32 if c.rehearsal else torch.bfloat16
+        pair = weights(shape, dtype, c.device)
+        counts = _speed_tokens(c)
+        for num_tokens in counts:
+            row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
+            result["cases"].append(row)
+            try:
+                _compare(c, row, shape, num_tokens, pair, 0.5 * seconds / len(counts))
+                floor, bound = floor_seconds(
+                    shape, layer_inputs(shape, num_tokens, pair, seed=10)[3], bandwidth, rate
+                )
+                row |= {"floor_us": floor * 1e6, "bound_by": bound}
+                row["of_floor"] = floor * 1e6 / row["graph_us"]["qllm"]["p50"]
+            except Exception as error:
+                row["error"] = one_line(error)
+                synchronize(c.device)
+            c.say(speed_line(row))
+            c.keep(result)
+        del pair
+        free_memory(c.device)
+    return result
+
+
+def _speed_shapes(c: Context) -> tuple[Shape, ...]:
+    return (TINY,) if c.rehearsal else (QWEN3, MIXTRAL) if c.quick else SHAPES
+
+
+def _speed_tokens(c: Context) -> tuple[int, ...]:
+    return (4, 64) if c.rehearsal else (1, 32, 2048) if c.quick else TOKENS
+
+
+def _compare(
+    c: Context,
+    row: dict[str, Any],
+    shape: Shape,
+    num_tokens: int,
+    pair: tuple[torch.Tensor, torch.Tensor],
+    seconds: float,
+) -> None:
+    inputs = _rotated(shape, num_tokens, pair)
+    flag = PriorityFlag(c.device)
+    row |= {"layers": len(inputs), "graph_us": {}, "host_us": {}, "ratio": {}, "errors": {}, "peers": {}}
+    calls: dict[str, Callable[..., torch.Tensor]] = {"qllm": functools.partial(_ours, c.backend, None)}
+    try:
+        peer = transformers_experts(shape, pair)
+    except Exception as error:
+        row["peers"]["transformers"] = one_line(error)
+    else:
+        calls["grouped_mm"] = _on_layer(peer("grouped_mm"))
+        copied = num_tokens * shape.top_k * shape.expert_bytes
+        if num_tokens <= 32 and copied <= MOST_COPIED:
+            calls["batched_mm"] = _on_layer(peer("batched_mm"))
+    ours = calls["qllm"](inputs[0])
+    graphs = {}
+    for name, call in list(calls.items()):
+        every = functools.partial(_every, call, inputs)
+        try:
+            row["errors"][name] = errors(call(inputs[0]), ours)["max_relative"]
+        except Exception as error:
+            row["peers"][name] = one_line(error)
+            synchronize(c.device)
+            continue
+        try:
+            graphs[name] = capture(every, c.device)
+        except Exception as error:
+            # Then its time has the gaps between its kernels in it.
+            row["peers"][name] = f"not captured: {one_line(error)}"
+            synchronize(c.device)
+            graphs[name] = every
+    if any(error is None or error > MAX_RELATIVE for error in row["errors"].values()):
+        row["differ"] = True
+    times = interleaved(graphs, c.device, seconds, least=7, most=10 if c.rehearsal else 200)
+    row["graph_us"] = {name: _per_layer(t, len(inputs)) for name, t in times.items()}
+    row["ratio"] = {
+        name: spread(a / b for a, b in zip(times[name], times["qllm"], strict=True))
+        for name in times
+        if name != "qllm" and "qllm" in times
+    }
+    calls["with flag"] = functools.partial(_ours, c.backend, flag)
+    for name, call in calls.items():
+        repeats = 1 if c.rehearsal else 20 if num_tokens <= 32 else 4
+        try:
+            host = host_seconds(functools.partial(_every, call, inputs), c.device, repeats)
+            row["host_us"][name] = _per_layer(host, len(inputs))
+        except Exception as error:
+            row["peers"][name] = one_line(error)
+            synchronize(c.device)
+
+
+def _every(call: Callable[[Tensors], torch.Tensor], inputs: list[Tensors]) -> None:
+    for tensors in inputs:
+        call(tensors)
+
+
+def _ours(backend: str, flag: PriorityFlag | None, tensors: Tensors) -> torch.Tensor:
+    return moe(*tensors, flag=flag, backend=backend)
+
+
+def _on_layer(call: Callable[..., torch.Tensor]) -> Callable[[Tensors], torch.Tensor]:
+    """Under inference mode, as a model that serves is."""
+
+    def on(tensors: Tensors) -> torch.Tensor:
+        hidden_states, _, _, index, weight = tensors
+        with torch.inference_mode():
+            return call(hidden_states, index, weight)
+
+    return on
+
+
+def speed_line(row: dict[str, Any]) -> str:
+    name = f"{row['shape']} T={row['tokens']}"
+    graph = row.get("graph_us") or {}
+    if "error" in row or "qllm" not in graph:
+        return f"{name}: {row.get('error') or row.get('peers')}"
+    parts = [f"{name}: {graph['qllm']['p50']:.1f} us"]
+    if "of_floor" in row:
+        parts.append(f"{row['of_floor'] * 100:.0f} % of the floor ({row['bound_by']})")
+    parts += [f"{peer} {ratio['p50']:.2f}x" for peer, ratio in row["ratio"].items()]
+    parts += [f"as called {host['p50']:.0f} us" for key, host in row["host_us"].items() if key == "qllm"]
+    return ", ".join(parts) + (" THE OUTPUTS DIFFER" if row.get("differ") else "")

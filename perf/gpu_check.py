@@ -1,0 +1,388 @@
+"""Everything that only a GPU can show, in one command: is it right, how fast, how soon does it leave?
+
+    python perf/gpu_check.py                    all sections, within 8 minutes
+    python perf/gpu_check.py --quick            fewer shapes and samples, about 3 minutes
+    python perf/gpu_check.py --sections correctness bitwise
+
+Runs from a checkout, installed or not; needs torch, triton and numpy, and transformers for its part. The
+results go to perf/results/gpu_check-DEVICE-DATE.json (or --out), rewritten as they come, and a short table
+is printed at the end. The device's settings are left as they are.
+
+    environment   device, driver, versions, clocks, commit
+    compile       machine code of all shapes, in parallel (so that it does not take minutes later)
+    ceilings      copy bandwidth and bf16 matrix rate of this device: what the floors below are made of
+    correctness   five models' layers, 1 to 8192 tokens, against float32; NaN in every output beforehand;
+                  routings at the edge. RMS error <= 4e-3 (fp32: 1e-5), largest <= 2e-2 of the peak
+    bitwise       runs that are stepped, shared and paused at random: same bits, every tile once
+    latency       from the host's write of the flag until the launch is over: p50 to p99, for each way of
+                  writing it, with what an idle device takes beside it
+    polling       what the poll costs a kernel that nobody pauses
+    speed         time per layer against transformers' grouped_mm and batched_mm, and against the floor
+    replay        LS and BE requests on one model under the four policies, and LS alone
+
+Each section has a share of the time and says what it left out. Sections run in a process of their own
+that is watched: one that raises, hangs or takes the process down is noted, and the others still run.
+
+Exit code: 0; 1 if correctness or bitwise failed or did not come to an end; 2 without a CUDA device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from gpu_table import print_summary  # noqa: E402  (needs nothing that may be missing, as all of this file)
+
+SHARES = {
+    "environment": 5,
+    "compile": 70,
+    "ceilings": 8,
+    "correctness": 75,
+    "bitwise": 60,
+    "latency": 75,
+    "polling": 40,
+    "speed": 85,
+    "replay": 65,
+}
+"""The sections in order, and how they share the time. What one leaves goes to those behind it."""
+
+DECISIVE = ("correctness", "bitwise")
+
+BUDGET_S, QUICK_BUDGET_S = 460.0, 180.0
+GRACE_S = 25.0
+"""How long a section may go on after its time, before its process is killed."""
+
+START_S = 180.0
+"""How long a process may take until its first section begins: importing torch from a cold disk."""
+
+NO_DEVICE, BROKEN_DEVICE = 2, 75
+
+
+def main() -> int:
+    args = parse()
+    if args.worker:
+        return work(json.loads(args.worker))
+    options = {
+        "command": shlex.join(["python", *sys.argv]),
+        "sections": args.sections,
+        "device": args.device,
+        "quick": args.quick,
+        "out": str(args.out) if args.out else None,
+        "deadline": time.time() + args.budget_s,
+        "budget_s": args.budget_s,
+    }
+    return supervise([sys.executable, str(Path(__file__).resolve())], options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", choices=SHARES, metavar="SECTION", help="only these")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and samples")
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--budget-s", type=float, help=f"seconds for everything, by default {BUDGET_S:.0f}")
+    # A rehearsal on a CPU, for the tests of this script.
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device != "cuda" and not args.out and not args.worker:
+        parser.error("a rehearsal needs --out: perf/results is for what was measured on a GPU")
+    args.budget_s = args.budget_s or (QUICK_BUDGET_S if args.quick else BUDGET_S)
+    args.sections = [name for name in SHARES if not args.sections or name in args.sections]
+    return args
+
+
+# -- the process that watches ----------------------------------------------------------------------------
+
+
+def supervise(command: list[str], options: dict[str, Any]) -> int:
+    """Run the sections in a process, and in another one those that are left when it comes to grief."""
+    remaining = list(options["sections"])
+    out = Path(options["out"]) if options["out"] else None
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
+        progress_file = Path(folder) / "progress.json"
+        resume = False
+        while remaining:
+            asked = {**options, "sections": remaining, "progress": str(progress_file), "resume": resume}
+            asked["out"] = str(out) if out else None
+            code, progress, hung = watch([*command, "--worker", json.dumps(asked)], progress_file)
+            out = Path(progress["out"]) if progress.get("out") else out
+            if code == NO_DEVICE:
+                return NO_DEVICE
+            remaining = [name for name in remaining if name not in progress.get("begun", ())]
+            running = progress.get("running")
+            if running:
+                how = f"hung, killed after {hung:.0f} s" if hung else f"its process ended with code {code}"
+                print(f"  {running}: {how}", flush=True)
+                document = json.loads(out.read_text())
+                document["sections"][running] |= {"status": "hung" if hung else "crashed", "error": how}
+                write(document, out)
+            elif code == 0:
+                break
+            elif code != BROKEN_DEVICE:
+                print(f"the sections could not be started (exit code {code})", flush=True)
+                break
+            resume = True
+    if out is None or not out.exists():
+        return 1
+    document = json.loads(out.read_text())
+    for name in remaining:
+        document["sections"].setdefault(name, {"status": "not run"})
+    document["passed"] = passed(document, options["sections"])
+    document["finished"] = now()
+    write(document, out)
+    print_summary(document)
+    print(f"written to {out}", flush=True)
+    return 0 if document["passed"] else 1
+
+
+def watch(command: list[str], progress_file: Path) -> tuple[int, dict[str, Any], float | None]:
+    """Run a worker until it ends or is overdue: exit code, its last progress, and the seconds if it hung."""
+    progress_file.unlink(missing_ok=True)
+    started = time.time()
+    process = subprocess.Popen(command, start_new_session=True)
+    hung = None
+    try:
+        while process.poll() is None:
+            progress = read_progress(progress_file)
+            if time.time() > progress.get("limit", started + START_S):
+                hung = time.time() - progress.get("since", started)
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
+            process.wait()
+    return process.returncode, read_progress(progress_file), hung
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def passed(document: dict[str, Any], sections: list[str]) -> bool:
+    decisive = [name for name in DECISIVE if name in sections]
+    return all(document["sections"].get(name, {}).get("status") == "done" for name in decisive)
+
+
+# -- the process that works ------------------------------------------------------------------------------
+
+
+def work(options: dict[str, Any]) -> int:
+    """Run the sections of ``options`` one after another."""
+    import torch
+
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+        build = build if torch.version.cuda else f"torch {torch.__version__} is a build without CUDA"
+        print(f"gpu_check: no CUDA device here ({build}). Nothing was measured.", file=sys.stderr)
+        return NO_DEVICE
+    from context import Context
+
+    torch.set_float32_matmul_precision("highest")  # the references' products; some images preset TF32
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if options["device"] == "cuda"
+        else torch.device("cpu")
+    )
+    out = Path(options["out"]) if options["out"] else default_out(torch.cuda.get_device_name(device))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    document = json.loads(out.read_text()) if options["resume"] else new_document(options, device)
+    progress = {"out": str(out), "begun": [], "running": None}
+    for n, name in enumerate(options["sections"]):
+        left = max(0.0, options["deadline"] - time.time())
+        share = SHARES[name] / sum(SHARES[other] for other in options["sections"][n:])
+        allowed = left * share
+        entry = document["sections"][name] = {"status": "running"}
+        progress["begun"].append(name)
+        progress |= {"running": name, "since": time.time(), "limit": time.time() + allowed + GRACE_S}
+        write(document, out)
+        write(progress, Path(options["progress"]))
+        print(f"{name} ({allowed:.0f} s)", flush=True)
+
+        def keep(result: dict[str, Any], entry: dict[str, Any] = entry) -> None:
+            entry["result"] = result
+            write(document, out)
+
+        context = Context(
+            device=device,
+            backend="torch" if device.type == "cpu" else "triton",
+            quick=options["quick"],
+            rehearsal=device.type != "cuda",
+            deadline=time.monotonic() + allowed,
+            results=document["sections"],
+            keep=keep,
+        )
+        run_section(name, context, entry)
+        write(document, out)
+        progress["running"] = None
+        progress["limit"] = time.time() + START_S
+        write(progress, Path(options["progress"]))
+        if broken(device):
+            print("  the device does not answer any more: the next section gets a new process", flush=True)
+            return BROKEN_DEVICE
+    return 0
+
+
+def run_section(name: str, context: Any, entry: dict[str, Any]) -> None:
+    """Run one section into ``entry``; nothing that it raises goes further."""
+    import gc
+    import traceback
+
+    from context import Skip, one_line
+
+    start = time.monotonic()
+    try:
+        entry["result"] = section(name)(context)
+        entry["status"] = "done" if entry["result"].get("passed", True) else "failed"
+    except Skip as reason:
+        entry |= {"status": "skipped", "reason": str(reason)}
+    except Exception as error:
+        entry |= {"status": "error", "error": one_line(error), "traceback": traceback.format_exc()}
+        traceback.print_exc()
+    if context.left_out:
+        entry["left_out"] = context.left_out
+    entry["seconds"] = time.monotonic() - start
+    gc.collect()
+    print(f"  {name}: {entry['status']} in {entry['seconds']:.1f} s", flush=True)
+
+
+def section(name: str) -> Any:
+    """The function of a section, imported when it is needed: a missing package costs one section."""
+    if name == "environment":
+        return environment
+    import importlib
+
+    module, function = {
+        "compile": ("compile_ahead", "compile_all"),
+        "ceilings": ("check_speed", "ceilings"),
+        "correctness": ("check_correct", "correctness"),
+        "bitwise": ("check_correct", "bitwise"),
+        "latency": ("check_latency", "latency"),
+        "polling": ("check_speed", "polling"),
+        "speed": ("check_speed", "speed"),
+        "replay": ("check_replay", "replay"),
+    }[name]
+    return getattr(importlib.import_module(module), function)
+
+
+def broken(device: Any) -> bool:
+    """Whether an earlier error has left the device's context unusable."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        return torch.ones(2, device=device).sum().item() != 2
+    except Exception:
+        return True
+
+
+# -- what it ran on --------------------------------------------------------------------------------------
+
+VARIABLES = re.compile(r"CUDA_(DEVICE|LAUNCH|MODULE|VISIBLE)\w*|(TRITON|PYTORCH|OMP)_\w+")
+
+
+def environment(context: Any) -> dict[str, Any]:
+    import importlib.metadata
+    import platform
+
+    import checkout
+    import torch
+    from context import nvidia_smi
+
+    versions = {"python": platform.python_version(), "cuda of torch": torch.version.cuda}
+    for package in ("torch", "triton", "transformers", "numpy", "cuda-bindings", "safetensors", "rich"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    result: dict[str, Any] = {
+        "versions": versions,
+        "commit": checkout.commit(),
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "variables": {key: os.environ[key] for key in sorted(os.environ) if VARIABLES.fullmatch(key)},
+    }
+    if context.device.type == "cuda":
+        p = torch.cuda.get_device_properties(context.device)
+        free, total = torch.cuda.mem_get_info(context.device)
+        result["device"] = {
+            "name": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "l2_bytes": getattr(p, "L2_cache_size", None),
+            "memory_bytes": total,
+            "free_bytes": free,
+        }
+        result["nvidia_smi"] = nvidia_smi(context.device)
+        context.say(f"{p.name}, capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors")
+    context.say(", ".join(f"{key} {value}" for key, value in versions.items() if value))
+    return result
+
+
+def new_document(options: dict[str, Any], device: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        "what": "perf/gpu_check.py",
+        "rehearsal": device.type != "cuda",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "date": now(),
+        "command": options["command"],
+        "quick": options["quick"],
+        "budget_s": options["budget_s"],
+        "sections": {},
+    }
+
+
+def default_out(device_name: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    stem = f"gpu_check-{slug}-{datetime.date.today().isoformat()}"
+    names = (f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in (HERE / "results" / name for name in names) if not path.exists())
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Write JSON so that a reader, or whoever comes after a kill, finds the old file or the new one."""
+    new = path.with_suffix(".part")
+    new.write_text(json.dumps(finite(document), indent=1, allow_nan=False, default=str) + "\n")
+    new.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,524 @@
+"""`perf/gpu_check.py` on a CPU: a rehearsal from end to end, its judgements, and the process that watches."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+PERF = Path(__file__).resolve().parent.parent / "perf"
+sys.path.insert(0, str(PERF))
+
+import check_correct  # noqa: E402
+import check_latency  # noqa: E402
+import compile_ahead  # noqa: E402
+import gpu_check  # noqa: E402
+import gpu_table  # noqa: E402
+import layers  # noqa: E402
+import timing  # noqa: E402
+from context import Context  # noqa: E402
+
+from qllm_ops import MoeRun, PriorityFlag, moe  # noqa: E402
+
+CPU = torch.device("cpu")
+INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+
+def run_script(*args: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, timeout=100, env=environment, **options
+    )
+
+
+# -- from end to end ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rehearsal") / "out.json"
+    options = ("--device", "cpu", "--quick", "--budget-s", "60", "--out", str(out))
+    return run_script(str(PERF / "gpu_check.py"), *options), json.loads(
+        out.read_text()
+    ) if out.exists() else None
+
+
+def test_a_rehearsal_passes_and_says_what_it_is(rehearsal):
+    done, document = rehearsal
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert document["rehearsal"] is True
+    assert document["passed"] is True
+    assert "REHEARSAL" in done.stdout
+    assert "PASSED" in done.stdout
+    statuses = {name: entry["status"] for name, entry in document["sections"].items()}
+    assert statuses == {name: "skipped" if name == "compile" else "done" for name in gpu_check.SHARES}
+    assert all(entry["seconds"] >= 0 for entry in document["sections"].values())
+
+
+def test_a_rehearsal_measures_every_section(rehearsal):
+    results = {name: entry.get("result") for name, entry in rehearsal[1]["sections"].items()}
+    assert results["environment"]["versions"]["torch"] == torch.__version__
+    assert results["ceilings"]["copy_bytes_per_s"]["p50"] > 0
+    cases = {(case["dtype"], case["case"]): case for case in results["correctness"]["cases"]}
+    assert ("bfloat16", "T=0") in cases
+    assert cases["float32", "T=8"]["rms"] > 0
+    assert all(case["passed"] and case["nan"] == 0 for case in cases.values())
+    assert results["bitwise"]["left_early"] > 0
+    assert all(not case["wrong"] and case["runs"] > 5 for case in results["bitwise"]["cases"])
+    (latency,) = results["latency"]["cases"]
+    assert latency["writers"]["step"]["left_early"] > 0
+    assert 0 < latency["writers"]["step"]["host_us"]["p50"] <= latency["writers"]["step"]["host_us"]["p99"]
+    (polling,) = results["polling"]["cases"]
+    assert {"overhead", "noise"} <= polling.keys()
+    for case in results["speed"]["cases"]:
+        assert case["ratio"]["grouped_mm"]["n"] >= 7
+        assert case["host_us"].keys() >= {"qllm", "grouped_mm", "with flag"}
+        assert not case.get("differ")
+        assert 0 < case["of_floor"] < 1
+    report = results["replay"]["report"]
+    assert list(report["policies"]) == ["fcfs", "priority", "layer", "tile"]
+    assert report["ls_alone"]["ls"]["completed"] > 0
+
+
+def test_without_a_cuda_device_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run_script(str(PERF / "gpu_check.py"), "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_checkout_is_importable_without_being_installed(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        f"sys.path = [p for p in sys.path if p not in ('', {str(PERF.parent)!r})]\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('qllm_ops') is None\n"
+        f"sys.path.append({str(PERF)!r})\n"
+        "import checkout\n"
+        "import qllm_ops.scheduler.records, qllm_ops.inputs, qllm_ops.models.presets\n"
+        "print(qllm_ops.__file__, qllm_ops.models.__file__, qllm_ops.scheduler.__file__)\n"
+    )
+    done = run_script("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = [str(PERF.parent / folder / "__init__.py") for folder in ("qllm_ops", "models", "scheduler")]
+    assert done.stdout.split() == wanted
+
+
+def test_reports_are_built_without_rich(tmp_path):
+    code = (
+        "import sys, importlib.abc\n"
+        "class NoRich(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'rich': raise ModuleNotFoundError(name)\n"
+        f"sys.path.insert(0, {str(PERF)!r})\n"
+        "import checkout, importlib.util\n"
+        "real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'rich' else real(name, *a)\n"
+        "sys.meta_path.insert(0, NoRich())\n"
+        "with checkout.without_rich():\n"
+        "    from qllm_ops.scheduler import report\n"
+        "assert 'rich' not in sys.modules\n"
+        "print(report.build_report({}, 1.0, {})['policies'])\n"
+    )
+    done = run_script("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{}"
+
+
+# -- the process that watches ------------------------------------------------------------------------------
+
+FAKE = """
+import json, os, sys, time
+o = json.loads(sys.argv[2])
+def write(d, p):
+    open(p + ".part", "w").write(json.dumps(d)); os.replace(p + ".part", p)
+out = o["out"]
+document = json.load(open(out)) if o["resume"] else {"rehearsal": True, "date": "", "sections": {}}
+begun = []
+for name in o["sections"]:
+    begun.append(name)
+    document["sections"][name] = {"status": "running", "result": {"partial": name}}
+    write(document, out)
+    limit = time.time() + (0.3 if name == "speed" else 60)
+    progress = {"out": out, "begun": begun, "running": name, "since": time.time(), "limit": limit}
+    write(progress, o["progress"])
+    if name == "latency": os.abort()
+    if name == "speed": time.sleep(60)
+    document["sections"][name] = {"status": "failed" if name == "bitwise" else "done"}
+    write(document, out)
+    write({**progress, "running": None}, o["progress"])
+    if name == "polling": sys.exit(75)
+"""
+
+
+def supervised(tmp_path, sections, script=FAKE):
+    fake = tmp_path / "fake.py"
+    fake.write_text(script)
+    out = tmp_path / "out.json"
+    options = {"sections": sections, "out": str(out), "deadline": time.time() + 60}
+    code = gpu_check.supervise([sys.executable, str(fake)], options)
+    return code, json.loads(out.read_text()) if out.exists() else None
+
+
+def test_a_crash_a_hang_and_a_broken_device_cost_one_section_each(tmp_path, capfd):
+    sections = ["environment", "correctness", "latency", "polling", "speed", "replay"]
+    start = time.monotonic()
+    code, document = supervised(tmp_path, sections)
+    assert time.monotonic() - start < 20
+    statuses = {name: entry["status"] for name, entry in document["sections"].items()}
+    assert statuses == {
+        "environment": "done",
+        "correctness": "done",
+        "latency": "crashed",
+        "polling": "done",
+        "speed": "hung",
+        "replay": "done",
+    }
+    assert document["sections"]["latency"]["result"] == {"partial": "latency"}
+    assert "-6" in document["sections"]["latency"]["error"]
+    assert code == 0
+    assert "PASSED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("sections", "code"), [(["bitwise", "replay"], 1), (["correctness"], 0)])
+def test_exit_code(tmp_path, sections, code):
+    found, document = supervised(tmp_path, sections)
+    assert found == code
+    assert document["passed"] is (code == 0)
+
+
+def test_a_decisive_section_that_did_not_end_is_not_passed():
+    for status in ("crashed", "hung", "running", "error", "failed", "not run"):
+        document = {"sections": {"correctness": {"status": status}}}
+        assert not gpu_check.passed(document, ["correctness", "speed"])
+    assert not gpu_check.passed({"sections": {}}, ["bitwise"])
+    assert gpu_check.passed({"sections": {}}, ["speed"])
+
+
+def test_a_worker_that_never_begins_ends_it(tmp_path, capfd):
+    code, document = supervised(tmp_path, ["correctness"], "import sys; sys.exit(3)")
+    assert (code, document) == (1, None)
+    assert "exit code 3" in capfd.readouterr().out
+
+
+def test_a_section_that_raises_is_noted(monkeypatch, capfd):
+    def broken(context):
+        raise ZeroDivisionError("so\nmuch")
+
+    monkeypatch.setattr(gpu_check, "section", lambda name: broken)
+    entry = {"status": "running"}
+    gpu_check.run_section("speed", context(), entry)
+    assert entry["status"] == "error"
+    assert entry["error"] == "ZeroDivisionError: so much"
+    assert "in broken" in entry["traceback"]
+
+
+def test_json_has_no_nan(tmp_path):
+    path = tmp_path / "x.json"
+    gpu_check.write({"a": math.nan, "b": (1.5, math.inf), "c": {2: torch.float32}}, path)
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None], "c": {"2": "torch.float32"}}
+
+
+def test_an_older_result_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    first = gpu_check.default_out("NVIDIA H200")
+    assert first.name.startswith("gpu_check-nvidia-h200-2")
+    first.write_text("{}")
+    assert gpu_check.default_out("NVIDIA H200").name == f"{first.stem}-2.json"
+
+
+# -- its judgements ----------------------------------------------------------------------------------------
+
+
+def context(backend="torch", seconds=30.0, **options) -> Context:
+    deadline = time.monotonic() + seconds
+    settings = {"quick": True, "rehearsal": True, "results": {}, **options}
+    return Context(device=CPU, backend=backend, deadline=deadline, **settings)
+
+
+def test_time_is_shared_and_what_is_left_out_is_said(capfd):
+    c = context(seconds=10.0)
+    shares = [share for _, share in c.in_time("abc")]
+    assert shares[0] == pytest.approx(10 / 3, rel=0.05)
+    assert shares[2] == pytest.approx(10, rel=0.05)
+    late = context(seconds=-1.0)
+    assert [case for case, _ in late.in_time("abc")] == ["a"]
+    assert late.left_out == ["b", "c"]
+
+
+def test_errors_judge_by_the_contract():
+    want = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert layers.errors(want.bfloat16(), want)["passed"]
+    assert not layers.errors(want * 1.0001, want)["passed"]
+    off = want.clone()
+    off[3, 4] += 0.1 * want.abs().max()
+    assert not layers.errors(off.bfloat16(), want)["passed"]
+    off[3, 4] = math.nan
+    found = layers.errors(off, want)
+    assert not found["passed"]
+    assert found["nan"] == 1
+    assert layers.errors(torch.zeros(2, 3), torch.zeros(2, 3))["passed"]
+    assert not layers.errors(torch.full((2, 3), math.nan), torch.zeros(2, 3))["passed"]
+
+
+def test_the_reference_is_the_operators():
+    tensors = layers.layer_inputs(layers.TINY, 9, layers.weights(layers.TINY, torch.float32, CPU))
+    tensors[3][2, 1] = 99
+    tensors[3][4] = -1
+    assert layers.errors(moe(*tensors), layers.reference(tensors))["passed"]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda y: y * 1.01, lambda y: y.index_fill(0, torch.tensor([0]), math.nan), torch.zeros_like]
+)
+def test_a_wrong_operator_fails_the_correctness_section(monkeypatch, spoil, capfd):
+    monkeypatch.setattr(check_correct, "moe", lambda *a, **k: spoil(moe(*a, **k)))
+    monkeypatch.setattr(check_correct, "_plan", lambda c: [(layers.TINY, torch.float32)])
+    assert check_correct.correctness(context())["passed"] is False
+
+
+class LosesATile(MoeRun):
+    """Says that it took one tile more than it did."""
+
+    @property
+    def tiles_taken(self):
+        return self.tiles_done + 1
+
+
+class OtherBits(MoeRun):
+    """Has another output after it was left early."""
+
+    early = False
+
+    def step(self, max_tiles=None):
+        finished = super().step(max_tiles)
+        self.early |= not finished
+        return finished
+
+    @property
+    def output(self):
+        return super().output + self.early
+
+
+class RunsWhilePaused(MoeRun):
+    def step(self, max_tiles=None):
+        self._layer._word = None
+        return super().step(max_tiles)
+
+
+@pytest.mark.parametrize("broken", [LosesATile, OtherBits, RunsWhilePaused])
+def test_a_broken_run_fails_the_bitwise_section(monkeypatch, broken, capfd):
+    monkeypatch.setattr(check_correct, "MoeRun", broken)
+    monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 300)])
+    result = check_correct.bitwise(context(seconds=2.0))
+    assert result["passed"] is False
+    assert result["cases"][0]["wrong"]
+
+
+def test_bitwise_without_a_preemption_proves_nothing(monkeypatch, capfd):
+    monkeypatch.setattr(check_correct.Preempted, "flips", lambda self, deadline: None)
+    monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 8)])
+    result = check_correct.bitwise(context())
+    assert result["cases"][0]["passed"] is True
+    assert result["passed"] is False
+
+
+def test_floor_is_the_larger_of_memory_and_arithmetic():
+    index = torch.zeros(2048, 2, dtype=torch.int64)
+    index[:, 1] = 1
+    seconds, bound = layers.floor_seconds(layers.MIXTRAL, index, 4.3e12, 790e12)
+    assert (round(seconds * 1e6), bound) == (1827, "arithmetic")
+    seconds, bound = layers.floor_seconds(layers.MIXTRAL, index[:1], 4.3e12, 790e12)
+    assert (round(seconds * 1e6), bound) == (164, "memory")
+
+
+def test_spread_and_turns():
+    assert timing.spread([]) is None
+    assert timing.spread(range(101))["p99"] == 99
+    ran = []
+    times = timing.interleaved({n: lambda n=n: ran.append(n) for n in "ab"}, CPU, 0.0, least=5)
+    assert {name: len(t) for name, t in times.items()} == {"a": 5, "b": 5}
+    assert ran[:2] == ["a", "b"]
+    assert ran.count("a") == 6
+
+
+# -- what it reaches into the Triton backend for -----------------------------------------------------------
+
+
+@INTERPRETED
+def test_launches_can_be_enqueued_polled_and_rewound():
+    shape = layers.Shape("small", 32, 16, 3, 2)
+    tensors = layers.layer_inputs(shape, 5, layers.weights(shape, torch.float32, CPU))
+    flag = PriorityFlag()
+    launches = layers.Launches(tensors, flag)
+    flag.pause(0)
+    launches.enqueue(poll=True)
+    progress = launches.progress()
+    assert progress["done"] == progress["taken"] == (0, 0, 0)
+    assert min(progress["total"]) > 0
+    for poll in (False, True):
+        launches.rewind()
+        assert sum(launches.progress()["done"]) == 0
+        launches.output.fill_(math.nan)
+        launches.enqueue(poll=poll)
+        progress = launches.progress()
+        assert progress["done"] == progress["taken"] == progress["total"]
+        assert layers.errors(launches.output, layers.reference(tensors))["passed"]
+        flag.resume(0)
+        if not poll:
+            continue
+    flag.share(0, 1)
+    launches.rewind()
+    launches.enqueue(poll=True)
+    assert launches.progress()["done"] == progress["total"]
+
+
+@INTERPRETED
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_kernels_can_be_compiled_ahead_on_a_layer_without_tokens(num_tokens):
+    compile_ahead.launch_once(CPU, (32, 16, 3, 2), torch.float32, num_tokens)
+
+
+def test_every_layer_of_the_plan_is_compiled_ahead(monkeypatch):
+    monkeypatch.setattr("qllm_ops.tiles.arch_of", lambda device: "sm_90")
+    jobs = compile_ahead.plan(context("triton"))
+    compiled = {(*sizes, dtype) for *sizes, dtype, _ in jobs}
+    for shape in layers.SHAPES:
+        sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
+        assert (*sizes, "bfloat16") in compiled
+    assert len(jobs) < 60
+
+
+# -- exit latency, on a device that is a thread ------------------------------------------------------------
+
+EXIT_S = 0.002
+
+
+class Device:
+    """A stream's work is a thread; a launch leaves EXIT_S after it is told to, or after 30 ms by itself."""
+
+    def __init__(self):
+        self.paused = threading.Event()
+        self.cuda_stream = 0
+        self.work = None
+        self.ended = 0.0
+
+    def synchronize(self):
+        if self.work:
+            self.work.join()
+
+    def launch(self, tell):
+        def run():
+            early = self.paused.wait(0.03)
+            time.sleep(EXIT_S if early else 0)
+            tell(early)
+            self.ended = time.perf_counter()
+
+        self.work = threading.Thread(target=run)
+        self.work.start()
+
+
+class Event:
+    def __init__(self, enable_timing=False):
+        self.stream = None
+
+    def record(self, stream=None):
+        self.stream, self.recorded = stream or Event.current, time.perf_counter()
+        self.work = self.stream.work if self.stream.work and self.stream.work.is_alive() else None
+
+    def query(self):
+        return self.work is None or not self.work.is_alive()
+
+    def synchronize(self):
+        if self.work:
+            self.work.join()
+
+    def elapsed_time(self, end):
+        return ((end.stream.ended if end.work else end.recorded) - self.recorded) * 1e3
+
+
+def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
+    device, side = Device(), Device()
+    Event.current = device
+
+    class Launches:
+        def __init__(self, tensors, flag):
+            self.early = None
+
+        def enqueue(self, poll):
+            device.launch(lambda early: setattr(self, "early", early))
+
+        def progress(self):
+            done = (4, 0, 0) if self.early else (9, 9, 3)
+            return {"taken": done, "done": done, "total": (9, 9, 3)}
+
+    class Writer:
+        flag, stream, pause, resume = None, side, device.paused.set, device.paused.clear
+
+    class Current:
+        def __init__(self, stream):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(check_latency, "Launches", Launches)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: Event.current)
+    monkeypatch.setattr(torch.cuda, "stream", Current)
+    row = check_latency.enqueued_exits(context("triton"), Writer(), (), 12, time.monotonic() + 10)
+    assert row["samples"] == 12
+    assert row["launch_us"] == pytest.approx(30e3, rel=0.5)
+    assert row["left_early"] >= 8
+    assert row["lost_tiles"] == 0
+    assert list(row["by_phase"]) == ["gate_up"]
+    for name in ("host_us", "device_us"):
+        assert row[name]["min"] > EXIT_S * 1e6 * 0.95
+        assert row[name]["p50"] < EXIT_S * 1e6 * 5
+    assert "left early" in check_latency.brief(row)
+
+
+def test_the_table_shows_errors_and_missing_parts():
+    document = {
+        "rehearsal": False,
+        "device": "NVIDIA H200",
+        "date": "2026-11-22",
+        "passed": False,
+        "sections": {
+            "correctness": {"status": "failed", "seconds": 1.0, "result": {"cases": [{"passed": False}]}},
+            "latency": {
+                "status": "hung",
+                "error": "hung, killed after 9 s",
+                "result": {
+                    "cases": [{"shape": "a", "tokens": 1, "writers": {"stream": {"error": "no driver"}}}]
+                },
+            },
+            "polling": {"status": "done", "result": {"cases": [{"shape": "a", "tokens": 2, "error": "bad"}]}},
+            "speed": {"status": "done", "result": {"cases": [{"shape": "a", "tokens": 3, "error": "worse"}]}},
+            "replay": {"status": "skipped", "reason": "no transformers"},
+        },
+    }
+    text = "\n".join(gpu_table.summary(document))
+    for part in (
+        "0 of 1 cases",
+        "killed after",
+        "no driver",
+        "bad",
+        "worse",
+        "no transformers",
+        "NOT PASSED",
+    ):
+        assert part in text

@@ -1,0 +1,234 @@
+"""The torch backend: right, whole, and the same in every bit however it is preempted."""
+
+import itertools
+import random
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qllm_ops
+from qllm_ops import MoeRun, PriorityFlag, torch_moe
+from qllm_ops.testing import (
+    MoeCase,
+    assert_close,
+    assert_preemptible,
+    assert_same_bits,
+    flipping,
+    moe_cases,
+    poisoned_empty,
+    schedules,
+)
+
+
+@pytest.fixture(autouse=True, params=["small tiles", "shipped tiles"])
+def tiles(request, monkeypatch):
+    """Layers as small as these are one tile as shipped, so there is little to preempt."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(torch_moe, "MIN_ROWS", 1)
+        monkeypatch.setattr(torch_moe, "TILE_FLOPS", 20_000)
+        monkeypatch.setattr(torch_moe, "GROUP_BYTES", 20_000)
+        monkeypatch.setattr(torch_moe, "COMBINE_BYTES", 500)
+    return request.param
+
+
+def alone(case: MoeCase) -> torch.Tensor:
+    return qllm_ops.moe(**case.tensors(), backend="torch")
+
+
+@given(case=moe_cases(), schedule=schedules())
+def test_any_layer_under_any_schedule(case, schedule):
+    flag = PriorityFlag()
+    with poisoned_empty():
+        expected = alone(case)
+        assert_close(expected, case)
+        make_run = lambda: MoeRun(**case.tensors(), flag=flag, backend="torch")  # noqa: E731
+        assert_preemptible(make_run, expected, schedule, flag)
+
+
+@given(case=moe_cases(max_tokens=200, max_size=64), seed=st.integers(0, 2**31), quanta=st.booleans())
+def test_a_second_thread_flips_the_flag(case, seed, quanta):
+    expected, flag, rng = alone(case), PriorityFlag(), random.Random(seed)
+    with poisoned_empty():
+        run = MoeRun(**case.tensors(), flag=flag, backend="torch")
+        with flipping(flag, seed=seed):
+            seen = [0]
+            while not run.step(rng.randint(1, 4) if quanta else None):
+                seen.append(run.tiles_done)
+                assert run.tiles_taken == run.tiles_done
+                flag.wait(0)
+        assert seen == sorted(seen)
+        assert run.tiles_done == run.tiles_total
+        assert_same_bits(run.output, expected)
+
+
+LARGE = MoeCase(700, 64, 96, 6, 2)
+
+
+def test_moe_waits_through_pauses():
+    flag = PriorityFlag()
+    expected = alone(LARGE)
+    with flipping(flag):
+        for _ in range(20):
+            assert_same_bits(qllm_ops.moe(**LARGE.tensors(), flag=flag), expected)
+    assert flag.read() == (qllm_ops.FULL, qllm_ops.FULL)
+
+
+def test_several_runs_at_once_on_shared_weights():
+    """Threads of both classes, some paused by others, each with its own tokens and the same weights."""
+    shared = LARGE.tensors()
+    flag = PriorityFlag()
+    tokens = [MoeCase(300 + i, 64, 96, 6, 2, seed=i).tensors() for i in range(4)]
+    layers = [{**t, "gate_up_proj": shared["gate_up_proj"], "down_proj": shared["down_proj"]} for t in tokens]
+    expected = [qllm_ops.moe(**layer) for layer in layers]
+    outputs = [[] for _ in layers]
+    errors = []
+
+    def work(i):
+        try:
+            for _ in range(5):
+                if i % 2:
+                    with flag.urgent(1):
+                        outputs[i].append(qllm_ops.moe(**layers[i], flag=flag, priority=1))
+                else:
+                    outputs[i].append(qllm_ops.moe(**layers[i], flag=flag, priority=0))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(layers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors
+    for got, want in zip(outputs, expected, strict=True):
+        assert len(got) == 5
+        for output in got:
+            assert_same_bits(output, want)
+    assert flag.read() == (qllm_ops.FULL, qllm_ops.FULL)
+
+
+def test_steps_on_different_threads_and_grad_modes():
+    """A run made in inference mode is finished by a thread that records gradients, and the other way round."""
+    expected = alone(LARGE)
+    for make, finish in itertools.product((torch.inference_mode, torch.enable_grad), repeat=2):
+        with make():
+            run = MoeRun(**LARGE.tensors())
+            run.step(2)
+        caught = []
+
+        def rest(run=run, finish=finish, caught=caught):
+            try:
+                with finish():
+                    assert run.step()
+            except BaseException as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=rest)
+        thread.start()
+        thread.join()
+        assert not caught
+        assert_same_bits(run.output, expected)
+        # The output is an ordinary tensor, which autograd may save.
+        (run.output * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+def test_a_pause_leaves_after_the_tile_in_hand(monkeypatch):
+    """Paused during its n-th tile, the step returns with exactly n tiles done."""
+    case = LARGE
+    total = MoeRun(**case.tensors()).tiles_total
+    original = torch_moe.TorchMoe._compute
+    for n in range(1, total):
+        flag = PriorityFlag()
+        run = MoeRun(**case.tensors(), flag=flag)
+
+        def compute(self, tile, flag=flag, n=n):
+            if tile == n - 1:
+                flag.pause(0)
+            original(self, tile)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch_moe.TorchMoe, "_compute", compute)
+            assert not run.step()
+        assert run.tiles_done == n
+        assert not run.step()
+        assert run.tiles_done == n
+
+
+def test_nan_weights_reach_only_the_tokens_that_use_them():
+    case = MoeCase(60, 17, 13, 5, 2)
+    tensors = case.tensors()
+    clean = qllm_ops.moe(**tensors)
+    for name in ("gate_up_proj", "down_proj"):
+        poisoned = {**tensors, name: tensors[name].clone()}
+        poisoned[name][3] = float("nan")
+        output = qllm_ops.moe(**poisoned)
+        uses = (tensors["top_k_index"] == 3).any(1)
+        assert uses.any()
+        assert not uses.all()
+        assert output[uses].isnan().all()
+        assert_same_bits(output[~uses], clean[~uses])
+
+
+def test_a_skipped_pair_has_no_part_in_the_sum():
+    """Not even with weights or experts that are NaN, and whatever is in the other pairs' rows."""
+    tensors = MoeCase(40, 16, 12, 4, 3).tensors()
+    skipped = torch.rand(40, 3, generator=torch.Generator().manual_seed(1)) < 0.4
+    here = tensors["top_k_index"]
+    there = {
+        **tensors,
+        "top_k_index": torch.where(skipped, torch.tensor([-1, 4, 2**40])[torch.arange(3)], here),
+        "top_k_weights": tensors["top_k_weights"].masked_fill(skipped, float("nan")),
+    }
+    zeroed = {**tensors, "top_k_weights": tensors["top_k_weights"].masked_fill(skipped, 0)}
+    output = qllm_ops.moe(**there)
+    assert output.isfinite().all()
+    assert torch.allclose(output, qllm_ops.moe_reference(**zeroed), atol=1e-5)
+
+
+def test_layouts_agree():
+    """The way a tile's products are laid out depends on its rows; every way gives the reference's numbers."""
+    for tokens, experts, top_k in ((1, 2, 1), (3, 7, 5), (30, 8, 8), (60, 4, 1), (90, 4, 2), (300, 3, 1)):
+        case = MoeCase(tokens, 32, 24, experts, top_k)
+        assert_close(alone(case), case)
+        odd = MoeCase(tokens, 31, 23, experts, top_k)  # rows that do not start at multiples of 16 bytes
+        assert_close(alone(odd), odd)
+
+
+# -- how the tiles are cut -----------------------------------------------------------------------
+
+
+@given(
+    counts=st.lists(st.integers(0, 700), min_size=1, max_size=40),
+    hidden=st.integers(1, 9000),
+    intermediate=st.integers(1, 20000),
+)
+def test_tiles_cover_every_row_once_and_are_bounded(counts, hidden, intermediate):
+    edges = list(itertools.accumulate(counts, initial=5))
+    most = torch_moe.tile_rows(hidden, intermediate)
+    tiles = torch_moe.make_tiles(edges, hidden, intermediate)
+    blocks = [block for tile in tiles for block in tile]
+    row = 5
+    for expert, start, stop in blocks:
+        assert start == row < stop
+        assert edges[expert] <= start
+        assert stop <= edges[expert + 1]
+        row = stop
+    assert row == edges[-1]
+    for tile in tiles:
+        assert tile[-1][2] - tile[0][1] <= most
+        assert len(tile) == 1 or 12 * hidden * intermediate * len(tile) <= torch_moe.GROUP_BYTES
+
+
+def test_rows_of_a_tile_keep_within_its_work(tiles):
+    if tiles == "small tiles":
+        pytest.skip("about the shipped numbers")
+    for hidden, intermediate in ((16, 16), (512, 1024), (4096, 14336), (2048, 768), (7168, 2048)):
+        rows = torch_moe.tile_rows(hidden, intermediate)
+        assert torch_moe.MIN_ROWS <= rows <= torch_moe.MAX_ROWS
+        assert rows & (rows - 1) == 0
+        work = 6 * hidden * intermediate * rows
+        assert rows == torch_moe.MIN_ROWS or work <= torch_moe.TILE_FLOPS
+        assert rows == torch_moe.MAX_ROWS or 2 * work > torch_moe.TILE_FLOPS

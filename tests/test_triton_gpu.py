@@ -1,0 +1,244 @@
+"""The Triton backend on a GPU: right numbers, the same bits however it is preempted, and no waiting."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from qllm_ops import PriorityFlag, moe
+from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def triton_moe(*args, **kwargs):
+    from qllm_ops.triton_moe import TritonMoe  # not under the interpreter
+
+    return TritonMoe(*args, **kwargs)
+
+
+def layer(
+    tokens, hidden, intermediate, experts, top_k, *, dtype=torch.bfloat16, activation="silu", seed=0,
+    low=0, high=None,
+) -> MoeInputs:  # fmt: skip
+    """A layer of random numbers, of indices from ``low`` up to ``high`` (excluded; default: E)."""
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape, scale):
+        return torch.randn(shape, generator=g, device="cuda", dtype=dtype).mul_(scale)
+
+    high = experts if high is None else high
+    return check_inputs(
+        normal(tokens, hidden, scale=1.0),
+        normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+        normal(experts, hidden, intermediate, scale=intermediate**-0.5),
+        torch.randint(low, high, (tokens, top_k), generator=g, device="cuda"),
+        torch.rand(tokens, top_k, generator=g, device="cuda"),
+        activation,
+    )
+
+
+def arguments(inputs: MoeInputs) -> tuple[torch.Tensor, ...]:
+    return (
+        inputs.hidden_states, inputs.gate_up_proj, inputs.down_proj,
+        inputs.top_k_index, inputs.top_k_weights,
+    )  # fmt: skip
+
+
+def uninterrupted(inputs: MoeInputs) -> torch.Tensor:
+    return moe(*arguments(inputs), activation=inputs.activation, backend="triton")
+
+
+def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
+    """Design tolerances, against the torch backend, which multiplies in float32."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arguments(inputs)]
+    reference = moe(*wide, activation=inputs.activation, backend="torch")
+    error = output.float() - reference
+    rms = (error.square().mean().sqrt() / reference.square().mean().sqrt()).item()
+    peak = (error.abs().max() / reference.abs().max()).item()
+    if inputs.hidden_states.dtype == torch.float32:
+        assert rms <= 1e-5
+    else:
+        assert rms <= 4e-3
+        assert peak <= 2e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 200, 700, 3000])  # a class of rows each
+def test_every_class_of_rows(tokens, dtype):
+    inputs = layer(tokens, 512, 384, 8, 2, dtype=dtype)
+    assert_close(inputs, uninterrupted(inputs))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (5, 37, 29, 3, 2), (130, 131, 67, 5, 5), (64, 96, 2000, 3, 1)]
+)
+def test_odd_shapes(shape, activation):
+    inputs = layer(*shape, dtype=torch.float32, activation=activation)
+    assert_close(inputs, uninterrupted(inputs))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(3, 4), (-2, 9), (-1, 0)], ids=["one_expert", "some_skipped", "all_skipped"]
+)
+def test_skewed_routing(low, high):
+    inputs = layer(300, 256, 128, 8, 2, dtype=torch.float32, low=low, high=high)
+    output = uninterrupted(inputs)
+    if high == 0:
+        assert not output.any()
+    else:
+        assert_close(inputs, output)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate", "experts", "top_k"),
+    [(1, 4096, 14336, 8, 2), (300, 4096, 14336, 8, 2), (2048, 2048, 768, 128, 8), (64, 7168, 2048, 16, 8)],
+    ids=["mixtral_decode", "mixtral_prefill", "qwen3_prefill", "deepseek_decode"],
+)
+def test_shapes_of_models(tokens, hidden, intermediate, experts, top_k):
+    inputs = layer(tokens, hidden, intermediate, experts, top_k)
+    output = uninterrupted(inputs)
+    assert_close(inputs, output)
+    for _ in range(3):
+        assert torch.equal(uninterrupted(inputs), output)
+
+
+def test_memory_is_written_whole():
+    """Every output element is written: torch.empty is poisoned with NaN."""
+    inputs = layer(300, 513, 257, 8, 2, low=-1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not uninterrupted(inputs).isnan().any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tokens", [3, 600])
+@pytest.mark.parametrize("quantum", [1, 7, 100])
+def test_quanta_change_no_bit(tokens, quantum):
+    inputs = layer(tokens, 512, 768, 8, 2)
+    expected = uninterrupted(inputs)
+    run = triton_moe(inputs, PriorityFlag("cuda"), 0)
+    steps = 0
+    while not run.step(quantum):
+        steps += 1
+        assert run.tiles_taken == run.tiles_done == steps * quantum
+    assert torch.equal(run.output, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flips_at_random_change_no_bit(seed):
+    inputs = layer(2000, 1024, 1024, 16, 2, seed=seed)
+    expected = uninterrupted(inputs)
+    flag = PriorityFlag("cuda")
+    rng, finished = random.Random(seed), threading.Event()
+
+    def flip():
+        while not finished.is_set():
+            rng.choice((flag.pause, flag.resume))(0, "thread")
+            flag.share(0, rng.choice((1, 20, 2**31 - 1)))
+            time.sleep(rng.random() * 3e-4)
+        flag.resume(0, "thread")
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    left_early = 0
+    try:
+        for _ in range(100):
+            run, done = triton_moe(inputs, flag, 0), 0
+            while not run.step(None):
+                left_early += 1
+                assert done <= run.tiles_done == run.tiles_taken
+                done = run.tiles_done
+                flag.wait(0)
+            assert torch.equal(run.output, expected)
+    finally:
+        finished.set()
+        thread.join()
+    assert left_early > 0
+
+
+def test_a_pause_is_obeyed_in_the_middle_of_a_launch():
+    inputs = layer(16384, 2048, 2048, 8, 2)
+    flag = PriorityFlag("cuda")
+    triton_moe(inputs, flag, 0).step(None)  # compiled
+    for delay in (1e-4, 3e-4, 1e-3, 2e-3):
+        run = triton_moe(inputs, flag, 0)
+        timer = threading.Timer(delay, flag.pause, (0,))
+        timer.start()
+        finished = run.step(None)
+        timer.join()
+        left_inside = not finished and 0 < run.tiles_done < run.tiles_total
+        flag.resume(0)
+        assert run.step(None)
+        assert torch.equal(run.output, uninterrupted(inputs))
+        if left_inside:
+            return
+    pytest.fail("no pause was seen inside of a launch")
+
+
+def test_nothing_waits_for_the_device():
+    inputs = layer(64, 512, 512, 8, 2)
+    expected = uninterrupted(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = moe(*arguments(inputs), backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(output, expected)
+
+
+def test_a_run_may_be_stepped_on_other_streams_than_it_was_made_on():
+    inputs = layer(500, 1024, 512, 8, 2)
+    expected = uninterrupted(inputs)
+    run = triton_moe(inputs, PriorityFlag("cuda"), 0)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for i in range(10**6):
+        with torch.cuda.stream(streams[i % 3]):
+            if run.step(13):
+                break
+    assert torch.equal(run.output, expected)
+
+
+def test_addresses_beyond_32_bits():
+    """Weights of over 2^31 elements, all tokens on the last expert."""
+    hidden, intermediate, experts = 7168, 2048, 160
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
+    inputs = layer(5, hidden, intermediate, experts, 1, low=experts - 1)
+    assert inputs.down_proj.numel() > 2**31
+    small = check_inputs(
+        inputs.hidden_states, inputs.gate_up_proj[-1:], inputs.down_proj[-1:],
+        torch.zeros_like(inputs.top_k_index), inputs.top_k_weights,
+    )  # fmt: skip
+    assert_close(small, uninterrupted(inputs))
+
+
+def test_warm_up_leaves_nothing_to_compile():
+    from qllm_ops.kernels import moe as kernels
+    from qllm_ops.triton_moe import warm_up
+
+    flag = PriorityFlag("cuda")
+    warm_up(layer(1, 640, 320, 8, 2), flag)
+    names = ("route", "gate_up", "down", "combine")
+
+    def compiled():
+        device = torch.cuda.current_device()
+        return sum(len(getattr(kernels, name).device_caches[device][0]) for name in names)
+
+    before = compiled()
+    for tokens in (1, 16, 17, 100, 500, 2000):
+        inputs = layer(tokens, 640, 320, 8, 2)
+        uninterrupted(inputs)
+        triton_moe(inputs, flag, 0).step(None)
+        triton_moe(inputs, flag, 1).step(None)
+    assert compiled() == before
