@@ -188,6 +188,8 @@ def passed(document: dict[str, Any], sections: list[str]) -> bool:
 
 def work(options: dict[str, Any]) -> int:
     """Run the sections of ``options`` one after another."""
+    if options["device"] == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)  # it is read when triton is imported
     import torch
 
     if options["device"] == "cuda" and not torch.cuda.is_available():

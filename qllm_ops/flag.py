@@ -193,6 +193,15 @@ class PriorityFlag:
             finally:
                 self._on_event("unpark", c, self._clock())
 
+    def fence(self) -> None:
+        """Let what the current CUDA stream launches next see every word written so far.
+
+        Words are written on a stream of the flag's own, so that a pause overtakes work that is queued.
+        A launch that has to see them as well waits for that stream, which is never busy for long.
+        """
+        if isinstance(self._write_word, _CudaWriter):
+            torch.cuda.current_stream(self.device).wait_stream(self._write_word.stream)
+
     def expire(self) -> int:
         """End every pause that is past its deadline; how many there were."""
         with self._changed:
@@ -256,6 +265,9 @@ class _CudaWriter:
                 if kind == "stream":
                     raise ValueError(f'writer="stream" does not work here: {error}') from error
         self.kind = "copy" if self.driver is None else "stream"
+        if self.kind == "copy":
+            # Pinning memory may wait for the device: the common values are ready before the first pause.
+            self._pinned(0), self._pinned(FULL)
 
     def __call__(self, c: int, value: int) -> None:
         if self.driver is not None:
@@ -265,8 +277,11 @@ class _CudaWriter:
             if int(status) != 0:
                 raise RuntimeError(f"cuStreamWriteValue32 failed: {status}")
             return
-        # One pinned word per value, never overwritten: a copy in flight always reads what was meant.
+        with torch.cuda.stream(self.stream):
+            self.words[c : c + 1].copy_(self._pinned(value), non_blocking=True)
+
+    def _pinned(self, value: int) -> torch.Tensor:
+        """One pinned word per value, never overwritten: a copy in flight always reads what was meant."""
         if value not in self.pinned:
             self.pinned[value] = torch.tensor([value], dtype=torch.int32).pin_memory()
-        with torch.cuda.stream(self.stream):
-            self.words[c : c + 1].copy_(self.pinned[value], non_blocking=True)
+        return self.pinned[value]

@@ -165,8 +165,9 @@ def assert_same_bits(output: Tensor, expected: Tensor) -> None:
     """Equal in every bit, the sign of zero and the payload of NaN included."""
     assert output.shape == expected.shape, (output.shape, expected.shape)
     assert output.dtype == expected.dtype, (output.dtype, expected.dtype)
-    differing = (output.view(torch.uint8) != expected.view(torch.uint8)).sum().item()
-    assert differing == 0, f"{differing} of {output.view(torch.uint8).numel()} bytes differ"
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[output.element_size()]
+    differing = int((output.view(bits) != expected.view(bits)).sum())
+    assert differing == 0, f"{differing} of {output.numel()} elements differ"
 
 
 # -- schedules -----------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ class TritonMoe:
         with self._on_device():
             if self._routed is not None:
                 torch.cuda.current_stream().wait_event(self._routed)
+            if self._flag is not None:
+                self._flag.fence()
             if self._overdrawn:
                 # Tickets that were drawn beyond the quantum go back.
                 self._state[:3].copy_(self._state[3:6])

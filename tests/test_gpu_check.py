@@ -1,5 +1,6 @@
 """`perf/gpu_check.py` on a CPU: a rehearsal from end to end, its judgements, and the process that watches."""
 
+import contextlib
 import json
 import math
 import os
@@ -44,9 +45,8 @@ def run_script(*args: str, **options) -> subprocess.CompletedProcess:
 def rehearsal(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal") / "out.json"
     options = ("--device", "cpu", "--quick", "--budget-s", "60", "--out", str(out))
-    return run_script(str(PERF / "gpu_check.py"), *options), json.loads(
-        out.read_text()
-    ) if out.exists() else None
+    done = run_script(str(PERF / "gpu_check.py"), *options)
+    return done, json.loads(out.read_text()) if out.exists() else None
 
 
 def test_a_rehearsal_passes_and_says_what_it_is(rehearsal):
@@ -95,43 +95,34 @@ def test_without_a_cuda_device_it_says_so(tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_the_checkout_is_importable_without_being_installed(tmp_path):
-    code = (
-        "import sys\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        f"sys.path = [p for p in sys.path if p not in ('', {str(PERF.parent)!r})]\n"
-        "import importlib.util\n"
-        "assert importlib.util.find_spec('qllm_ops') is None\n"
-        f"sys.path.append({str(PERF)!r})\n"
-        "import checkout\n"
-        "import qllm_ops.scheduler.records, qllm_ops.inputs, qllm_ops.models.presets\n"
-        "print(qllm_ops.__file__, qllm_ops.models.__file__, qllm_ops.scheduler.__file__)\n"
-    )
+def test_a_checkout_works_uninstalled_and_without_rich(tmp_path):
+    code = f"""
+import importlib.util, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path = [path for path in sys.path if path not in ("", {str(PERF.parent)!r})]
+assert importlib.util.find_spec("qllm_ops") is None
+sys.path.append({str(PERF)!r})
+
+class NoRich:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "rich":
+            raise ModuleNotFoundError(name)
+
+import checkout
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "rich" else real(name, *rest)
+sys.meta_path.insert(0, NoRich)
+with checkout.without_rich():
+    from qllm_ops.scheduler import report
+assert "rich" not in sys.modules
+assert report.build_report({{}}, 1.0, {{}})["policies"] == {{}}
+import qllm_ops.scheduler.workload
+print(qllm_ops.__file__, real("qllm_ops.models").origin, qllm_ops.scheduler.__file__)
+"""
     done = run_script("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     wanted = [str(PERF.parent / folder / "__init__.py") for folder in ("qllm_ops", "models", "scheduler")]
     assert done.stdout.split() == wanted
-
-
-def test_reports_are_built_without_rich(tmp_path):
-    code = (
-        "import sys, importlib.abc\n"
-        "class NoRich(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] == 'rich': raise ModuleNotFoundError(name)\n"
-        f"sys.path.insert(0, {str(PERF)!r})\n"
-        "import checkout, importlib.util\n"
-        "real = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *a: None if name == 'rich' else real(name, *a)\n"
-        "sys.meta_path.insert(0, NoRich())\n"
-        "with checkout.without_rich():\n"
-        "    from qllm_ops.scheduler import report\n"
-        "assert 'rich' not in sys.modules\n"
-        "print(report.build_report({}, 1.0, {})['policies'])\n"
-    )
-    done = run_script("-c", code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "{}"
 
 
 # -- the process that watches ------------------------------------------------------------------------------
@@ -173,7 +164,7 @@ def test_a_crash_a_hang_and_a_broken_device_cost_one_section_each(tmp_path, capf
     sections = ["environment", "correctness", "latency", "polling", "speed", "replay"]
     start = time.monotonic()
     code, document = supervised(tmp_path, sections)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50  # the one that hangs would take 60
     statuses = {name: entry["status"] for name, entry in document["sections"].items()}
     assert statuses == {
         "environment": "done",
@@ -375,8 +366,6 @@ def test_launches_can_be_enqueued_polled_and_rewound():
         assert progress["done"] == progress["taken"] == progress["total"]
         assert layers.errors(launches.output, layers.reference(tensors))["passed"]
         flag.resume(0)
-        if not poll:
-            continue
     flag.share(0, 1)
     launches.rewind()
     launches.enqueue(poll=True)
@@ -401,11 +390,11 @@ def test_every_layer_of_the_plan_is_compiled_ahead(monkeypatch):
 
 # -- exit latency, on a device that is a thread ------------------------------------------------------------
 
-EXIT_S = 0.002
+EXIT_S = 0.004
 
 
 class Device:
-    """A stream's work is a thread; a launch leaves EXIT_S after it is told to, or after 30 ms by itself."""
+    """A stream's work is a thread; a launch leaves EXIT_S after it is told to, or after 60 ms by itself."""
 
     def __init__(self):
         self.paused = threading.Event()
@@ -419,7 +408,7 @@ class Device:
 
     def launch(self, tell):
         def run():
-            early = self.paused.wait(0.03)
+            early = self.paused.wait(0.06)
             time.sleep(EXIT_S if early else 0)
             tell(early)
             self.ended = time.perf_counter()
@@ -437,6 +426,7 @@ class Event:
         self.work = self.stream.work if self.stream.work and self.stream.work.is_alive() else None
 
     def query(self):
+        time.sleep(1e-4)  # who spins on a real device holds up no launch
         return self.work is None or not self.work.is_alive()
 
     def synchronize(self):
@@ -465,29 +455,19 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
     class Writer:
         flag, stream, pause, resume = None, side, device.paused.set, device.paused.clear
 
-    class Current:
-        def __init__(self, stream):
-            pass
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *error):
-            pass
-
     monkeypatch.setattr(check_latency, "Launches", Launches)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: Event.current)
-    monkeypatch.setattr(torch.cuda, "stream", Current)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     row = check_latency.enqueued_exits(context("triton"), Writer(), (), 12, time.monotonic() + 10)
     assert row["samples"] == 12
-    assert row["launch_us"] == pytest.approx(30e3, rel=0.5)
+    assert row["launch_us"] == pytest.approx(60e3, rel=0.5)
     assert row["left_early"] >= 8
     assert row["lost_tiles"] == 0
     assert list(row["by_phase"]) == ["gate_up"]
     for name in ("host_us", "device_us"):
         assert row[name]["min"] > EXIT_S * 1e6 * 0.95
-        assert row[name]["p50"] < EXIT_S * 1e6 * 5
+        assert row[name]["p50"] < EXIT_S * 1e6 * 4
     assert "left early" in check_latency.brief(row)
 
 
@@ -512,13 +492,6 @@ def test_the_table_shows_errors_and_missing_parts():
         },
     }
     text = "\n".join(gpu_table.summary(document))
-    for part in (
-        "0 of 1 cases",
-        "killed after",
-        "no driver",
-        "bad",
-        "worse",
-        "no transformers",
-        "NOT PASSED",
-    ):
+    parts = "0 of 1 cases|killed after|no driver|bad|worse|no transformers|NOT PASSED"
+    for part in parts.split("|"):
         assert part in text

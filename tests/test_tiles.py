@@ -1,4 +1,4 @@
-"""The choice of tiles: what the compiler takes, within the time of an exit, and few sets of them per layer."""
+"""The choice of tiles: what the compiler takes, within the time of an exit, few sets of them per layer."""
 
 import itertools
 from types import SimpleNamespace

@@ -110,6 +110,20 @@ def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
         assert rms <= 4e-3
 
 
+def finish(run: TritonMoe, flag: PriorityFlag | None = None, quanta=(None,)):
+    """Step until the run is done, resuming the class after each step that left; yields after every step."""
+    for i in range(1000):
+        finished = run.step(quanta[i % len(quanta)])
+        assert run.tiles_taken == run.tiles_done
+        assert finished == (run.tiles_done == run.tiles_total)
+        yield quanta[i % len(quanta)]
+        if finished:
+            return
+        if flag is not None:
+            flag.resume(0, "test")
+    pytest.fail(f"a run makes no progress: {run.tiles_done} of {run.tiles_total} tiles")
+
+
 @contextlib.contextmanager
 def hooked(name: str, before):
     """Call ``before(*args)`` ahead of every operation ``name`` of the interpreter."""
@@ -160,19 +174,12 @@ def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share):
     flag = PriorityFlag()
     flag.share(0, share)
     run = TritonMoe(inputs, flag, 0, tiles=tiles)
-    done, steps = 0, 0
+    done = 0
     with flipping(flag, gaps):
-        while True:
-            quantum = quanta[steps % len(quanta)]
-            finished = run.step(quantum)
+        for quantum in finish(run, flag, quanta):
             assert done <= run.tiles_done <= run.tiles_total
-            assert run.tiles_taken == run.tiles_done
             assert quantum is None or run.tiles_done <= done + quantum
-            assert finished == (run.tiles_done == run.tiles_total)
-            done, steps = run.tiles_done, steps + 1
-            if finished:
-                break
-            flag.resume(0, "test")
+            done = run.tiles_done
     assert torch.equal(run.output, expected)
     assert not run.output.isnan().any()
 
@@ -186,8 +193,7 @@ def test_every_element_is_written_once(inputs, tiles, gaps):
         flipping(flag, gaps),
         hooked("create_masked_store", lambda ptrs, _, mask, *rest: written.append(ptrs.data[mask.data])),
     ):
-        while not run.step(None):
-            flag.resume(0, "test")
+        list(finish(run, flag))
     addresses = np.sort(np.concatenate([np.empty(0, np.uint64), *written]))
 
     here = ((inputs.top_k_index.long() >= 0) & (inputs.top_k_index.long() < inputs.num_experts)).view(-1)
@@ -253,8 +259,7 @@ def test_edge_case(case):
     expected = uninterrupted(inputs)
     assert_close(inputs, expected)
     run = TritonMoe(inputs, None, 0)
-    while not run.step(1):
-        assert run.tiles_taken == run.tiles_done
+    list(finish(run, quanta=(1,)))
     assert torch.equal(run.output, expected)
 
 
@@ -299,10 +304,8 @@ def test_inputs_are_not_changed():
 def test_a_quantum_is_used_up_exactly_across_phases():
     inputs = layer(9, 29, 19, 3, 2)
     run = TritonMoe(inputs, PriorityFlag(), 0, tiles=TILES[1])
-    counts = []
-    while not run.step(7):
-        counts.append(run.tiles_done)
-    assert counts == list(range(7, run.tiles_total, 7))
+    counts = [run.tiles_done for _ in finish(run, quanta=(7,))]
+    assert counts == [*range(7, run.tiles_total, 7), run.tiles_total]
     assert torch.equal(run.output, uninterrupted(inputs, TILES[1]))
 
 

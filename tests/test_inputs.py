@@ -1,0 +1,147 @@
+"""What the operator refuses, and that the message says which argument, what came and what was wanted."""
+
+import pytest
+import torch
+
+import qllm_ops
+from qllm_ops.inputs import ACTIVATIONS, INDEX_DTYPES, check_inputs
+from qllm_ops.testing import MoeCase
+
+T, H, I, E, K = 5, 8, 6, 4, 2  # noqa: E741
+
+
+def tensors(**changes):
+    return {**MoeCase(T, H, I, E, K).tensors(), **changes}
+
+
+def zeros(*shape, dtype=torch.float32, device=None):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+BAD = [
+    # changed argument, its value, error, words of the message besides the argument's name
+    ("hidden_states", None, TypeError, ["(T, H)", "NoneType"]),
+    ("hidden_states", [[1.0]], TypeError, ["list"]),
+    ("hidden_states", zeros(1, T, H), ValueError, ["2 dimensions", "(1, 5, 8)"]),
+    ("hidden_states", zeros(T, H).to_sparse(), TypeError, ["sparse"]),
+    (
+        "hidden_states",
+        zeros(T, H, dtype=torch.float64),
+        TypeError,
+        ["float32, bfloat16 or float16", "float64"],
+    ),
+    ("hidden_states", zeros(T, H, dtype=torch.int64), TypeError, ["int64"]),
+    ("hidden_states", zeros(T, H, dtype=torch.complex64), TypeError, ["complex64"]),
+    ("hidden_states", zeros(T, 0), ValueError, ["at least 1", "(5, 0)"]),
+    ("gate_up_proj", zeros(2 * I, H), ValueError, ["3 dimensions", "(12, 8)"]),
+    ("gate_up_proj", zeros(E, 2 * I, H, dtype=torch.bfloat16), TypeError, ["float32", "bfloat16"]),
+    ("gate_up_proj", zeros(E, 2 * I + 1, H), ValueError, ["(4, 12, 8)", "(4, 13, 8)"]),
+    ("gate_up_proj", zeros(E, I, H), ValueError, ["(4, 12, 8)", "(4, 6, 8)"]),
+    ("gate_up_proj", zeros(E, 2 * I, H + 1), ValueError, ["(4, 12, 8)", "(4, 12, 9)"]),
+    ("gate_up_proj", zeros(E - 1, 2 * I, H), ValueError, ["(4, 12, 8)", "(3, 12, 8)"]),
+    ("gate_up_proj", zeros(E, H, 2 * I).mT, ValueError, ["contiguous", "strides"]),
+    ("down_proj", zeros(E, H), ValueError, ["3 dimensions", "(4, 8)"]),
+    ("down_proj", zeros(E, H, I, dtype=torch.float16), TypeError, ["float32", "float16"]),
+    ("down_proj", zeros(E, H + 1, I), ValueError, ["H = 8", "(4, 9, 6)"]),
+    ("down_proj", zeros(E, I, H), ValueError, ["H = 8", "(4, 6, 8)"]),
+    ("down_proj", zeros(E, H, 0), ValueError, ["at least 1", "(4, 8, 0)"]),
+    ("down_proj", zeros(0, H, I), ValueError, ["at least 1", "(0, 8, 6)"]),
+    ("down_proj", zeros(E, I, H).mT, ValueError, ["contiguous", "strides"]),
+    ("top_k_index", zeros(T * K, dtype=torch.int64), ValueError, ["2 dimensions", "(10,)"]),
+    ("top_k_index", zeros(T, K), TypeError, ["integer", "float32"]),
+    ("top_k_index", zeros(T, K, dtype=torch.bool), TypeError, ["integer", "bool"]),
+    ("top_k_index", zeros(T + 1, K, dtype=torch.int64), ValueError, ["T = 5", "(6, 2)"]),
+    ("top_k_index", zeros(T, 0, dtype=torch.int64), ValueError, ["K >= 1", "(5, 0)"]),
+    ("top_k_weights", zeros(T), ValueError, ["2 dimensions", "(5,)"]),
+    ("top_k_weights", zeros(T, K, dtype=torch.int64), TypeError, ["floating-point", "int64"]),
+    ("top_k_weights", zeros(T, K, dtype=torch.bool), TypeError, ["bool"]),
+    ("top_k_weights", zeros(T, K + 1), ValueError, ["(5, 2)", "(5, 3)"]),
+    ("top_k_weights", zeros(K, T), ValueError, ["(5, 2)", "(2, 5)"]),
+    ("activation", "relu", ValueError, ["silu, gelu, gelu_tanh", "'relu'"]),
+    ("activation", None, ValueError, ["None"]),
+    *(
+        (name, torch.zeros(shape, dtype=dtype, device="meta"), ValueError, ["meta", "cpu"])
+        for name, shape, dtype in (
+            ("gate_up_proj", (E, 2 * I, H), torch.float32),
+            ("down_proj", (E, H, I), torch.float32),
+            ("top_k_index", (T, K), torch.int64),
+            ("top_k_weights", (T, K), torch.float32),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "words"), BAD)
+def test_bad_input_is_refused_by_name(name, value, error, words):
+    for call in (check_inputs, qllm_ops.moe, qllm_ops.MoeRun):
+        with pytest.raises(error) as caught:
+            call(**tensors(**{name: value}))
+        for word in [name, *words]:
+            assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", INDEX_DTYPES)
+def test_any_integer_index_is_the_same(dtype):
+    given = tensors()
+    expected = qllm_ops.moe(**given)
+    given["top_k_index"] = given["top_k_index"].to(dtype)
+    assert torch.equal(qllm_ops.moe(**given), expected)
+
+
+def test_experts_beyond_the_range_of_the_index_dtype():
+    """Offsets of 300 experts do not fit the eight bits of an index that points at the first of them."""
+    given = MoeCase(9, 4, 4, 300, 3).tensors()
+    given["top_k_index"] = given["top_k_index"] % 250
+    expected = qllm_ops.moe(**given)
+    given["top_k_index"] = given["top_k_index"].to(torch.uint8)
+    assert torch.equal(qllm_ops.moe(**given), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_floating_weights(dtype):
+    given = tensors()
+    given["top_k_weights"] = given["top_k_weights"].to(dtype)
+    output = qllm_ops.moe(**given)
+    assert output.dtype == torch.float32
+    assert torch.allclose(output, qllm_ops.moe_reference(**given), atol=1e-5)
+
+
+def test_small_tensors_need_not_be_contiguous():
+    given = tensors()
+    expected = qllm_ops.moe(**given)
+    for name in ("hidden_states", "top_k_index", "top_k_weights"):
+        strided = given[name].t().contiguous().t()
+        assert not strided.is_contiguous()
+        assert torch.equal(qllm_ops.moe(**{**given, name: strided}), expected)
+        every_other = given[name].repeat_interleave(2, dim=0)[::2]
+        assert torch.equal(qllm_ops.moe(**{**given, name: every_other}), expected)
+
+
+def test_a_slice_of_experts_is_contiguous_and_taken_as_it_is():
+    given = tensors()
+    few = {**given, "gate_up_proj": given["gate_up_proj"][1:3], "down_proj": given["down_proj"][1:3]}
+    inputs = check_inputs(**few)
+    assert inputs.gate_up_proj.data_ptr() == few["gate_up_proj"].data_ptr()
+    assert inputs.num_experts == 2
+    shifted = {**few, "top_k_index": given["top_k_index"] - 1}
+    assert torch.allclose(qllm_ops.moe(**shifted), qllm_ops.moe_reference(**shifted), atol=1e-5)
+
+
+def test_parameters_are_welcome_and_no_gradient_is_recorded():
+    given = tensors()
+    expected = qllm_ops.moe(**given)
+    for name in ("hidden_states", "gate_up_proj", "down_proj", "top_k_weights"):
+        given[name] = torch.nn.Parameter(given[name])
+    output = qllm_ops.moe(**given)
+    assert torch.equal(output, expected)
+    assert not output.requires_grad
+    assert check_inputs(**given).gate_up_proj.data_ptr() == given["gate_up_proj"].data_ptr()
+
+
+def test_inputs_know_their_sizes():
+    inputs = check_inputs(**tensors(activation=ACTIVATIONS[1]))
+    sizes = (
+        inputs.num_tokens, inputs.hidden_size, inputs.intermediate_size, inputs.num_experts, inputs.top_k,
+    )  # fmt: skip
+    assert sizes == (T, H, I, E, K)
+    assert inputs.activation == "gelu"
