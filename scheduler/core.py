@@ -100,8 +100,8 @@ class Scheduler:
     """Decides what runs and what is paused; see the module's docstring for how it is driven.
 
     The driver's loop, per lane: ``next(lane)``; run the batch; ``complete(batch, outcomes)`` or
-    ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed (the
-    background lane also after the foreground was given None), or at ``wake_s[lane]`` if that is set.
+    ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed (for
+    the background lane that includes what the foreground was given), or at ``wake_s[lane]`` if that is set.
     """
 
     def __init__(
@@ -245,9 +245,13 @@ class Scheduler:
             self._credit_idle_time(now)
         ready = sorted((r for r in self.requests if not r.in_flight), key=lambda r: -self._class(r, now))
         self._admit(ready, now)
-        admitted = [r for r in ready if r.region is not None]
-        urgent = [r for r in admitted if self._class(r, now) >= LS]
-        patient = [r for r in admitted if self._class(r, now) < LS]
+        urgent: list[Request] = []
+        patient: list[Request] = []
+        for request in ready:
+            if request.region is not None:
+                # The background lane minds no age, so an aged request has a way should the foreground hang.
+                seen_as = self._class(request, now) if lane == FOREGROUND else request.priority
+                (urgent if seen_as >= LS else patient).append(request)
         can_run = bool(patient) or BACKGROUND in self.running
         return View(
             ls_prefill=[r for r in urgent if r.prefilling],

@@ -181,12 +181,12 @@ class Engine:
                 if self._closing:
                     return None
                 batch = self.scheduler.next(lane)
+                if lane == FOREGROUND:
+                    self._changed.notify_all()  # the background lane may start now, or must wait at the flag
                 if batch is not None:
                     self.log.begin(batch, self._granularity(batch))
                     return batch
-                if lane == FOREGROUND:
-                    self._changed.notify_all()  # the background lane may start now
-                elif self.flag.paused(BE):
+                if lane == BACKGROUND and self.flag.paused(BE):
                     continue
                 wake = self.scheduler.wake_s.get(lane)
                 self._changed.wait(None if wake is None else max(wake - self.clock(), 0.0))

@@ -1,7 +1,7 @@
 """The scheduler under a virtual clock with a fake model; the laws themselves stand in ``virtual.py``."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from virtual import VirtualEngine, expected_tokens
@@ -136,8 +136,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-# A schedule is many short steps, so a few more of them than of other examples are worth their time.
-TestScheduler.settings = settings(max_examples=4 * settings().max_examples, stateful_step_count=40)
+# More schedules than other examples, as they cost little. Not shrunk: a long one can take minutes to shrink,
+# and repeats exactly as it is; fewer steps give a shorter one.
+TestScheduler.settings = settings(
+    max_examples=4 * settings().max_examples,
+    stateful_step_count=40,
+    phases=set(Phase) - {Phase.shrink, Phase.explain},
+)
 
 
 # -- endless load: nobody starves ----------------------------------------------------------------------

@@ -129,11 +129,11 @@ def test_request_seed_is_the_same_in_every_process():
 
 
 def test_a_refused_prompt_is_recorded_and_harms_no_other(model, runs):
-    long = Arrival("be-long", BE, MIX[2].arrival_s, 5000, 4)
+    long = Arrival("be-long", BE, MIX[2].arrival_s, 3000, 4)
     run = replay(model, [*MIX, long], "tile", limits=LIMITS, seed=5)
     refused = next(f for f in run.finished if f.id == "be-long")
     assert (refused.status, refused.first_token_s, refused.tokens) == ("refused", None, [])
-    assert "5000 prompt" in refused.error
+    assert "3000 prompt" in refused.error
     assert "kv_tokens=2048" in refused.error
     assert {id: t for id, t in tokens(run).items() if id != "be-long"} == tokens(runs["tile"])
 

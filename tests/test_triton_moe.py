@@ -263,6 +263,11 @@ def test_edge_case(case):
     assert torch.equal(run.output, expected)
 
 
+def test_more_row_blocks_than_a_group_holds():
+    inputs = layer(68, 33, 17, 2, 2, routing="one")  # 17 row blocks, 2 column blocks
+    assert_close(inputs, uninterrupted(inputs))
+
+
 @pytest.mark.parametrize("value", [-1, 3, -(2**40), 2**40])
 def test_pairs_outside_of_the_experts_are_skipped(value):
     inputs = layer(6, routing="all")

@@ -222,7 +222,7 @@ class VirtualEngine:
         batch = self.scheduler.next(lane)
         if batch is not None:
             self._start(batch)
-        elif lane == FOREGROUND:
+        if lane == FOREGROUND:
             self.asking |= {BACKGROUND} & set(self.scheduler.policy.lanes)
         return batch
 
@@ -342,8 +342,7 @@ class VirtualEngine:
         self._check_requests()
         self._check_memory()
         self._check_flag()
-        if self.scheduler.requests:
-            assert self.lanes or self.scheduler.wake_s, "something is open and nobody will ever do it"
+        self._check_nobody_idles()
 
     def _check_requests(self) -> None:
         open_ = [fate.request for fate in self.open.values()]
@@ -380,6 +379,18 @@ class VirtualEngine:
             assert self.preempts, "a policy that never pauses did"
         elif behind is not None and not aged:
             assert not self._urgent_runs(), "best-effort work runs beside urgent work"
+
+    def _check_nobody_idles(self) -> None:
+        ready = [r for r in self.scheduler.requests if r.region is not None and not r.in_flight]
+        if not self.lanes and not self.scheduler.wake_s:
+            assert not self.scheduler.requests, "something is open and nobody will ever do it"
+        if FOREGROUND not in self.lanes and FOREGROUND not in self.scheduler.wake_s:
+            assert not any(r.priority >= LS for r in ready), "the foreground idles"
+        if BACKGROUND in self.scheduler.policy.lanes and BACKGROUND not in self.lanes:
+            waiting = [r for r in ready if r.priority < LS]
+            assert self._urgent_runs() or not waiting, "the background idles"
+        elif not self.lanes:
+            assert not ready, "the only lane idles"
 
     def _aged(self, request: Request) -> bool:
         age = self.limits.aging_s
