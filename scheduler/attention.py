@@ -2,9 +2,12 @@
 
 An iteration's rows go through the model as one sequence of T tokens, so that projections and experts
 see no padding. Only attention must tell the rows apart. `RaggedCache` stands where transformers
-expects a cache: it writes the new keys and values into the pool and returns all rows' keys and values
-one after the other; `ragged_attention`, registered with transformers as "qllm", attends row by row.
-The attention itself is torch's scaled_dot_product_attention.
+expects a cache: it writes the new keys and values into the pool. `ragged_attention`, registered with
+transformers as "qllm", attends row by row; the attention itself is torch's scaled_dot_product_attention.
+
+Most models hand what the cache returns to attention as it is; then each row's keys are read where they
+lie. Multi-head latent attention expands it first; then the cache returns all rows' latents one after
+the other, a copy. Which of the two a model does is seen in a probe.
 
 Queries of a long prompt go in blocks. A paused lane stops between two of them, as it does between two
 tiles of an expert, so that no single attention over thousands of tokens keeps an urgent request waiting.
@@ -52,13 +55,21 @@ class Ragged:
     segments: list[Segment]
     gate: Callable[[], None] | None = None  # called between blocks of queries; may stand still
     block_scores: int = BLOCK_SCORES
-    keys: list[tuple[int, int]] = field(init=False)
+    returned: torch.Tensor | None = field(default=None, init=False)  # keys that the cache returned last
+    views: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)  # of that layer
+    expanded: bool = field(default=False, init=False)  # whether attention was given other keys than those
 
-    def __post_init__(self):
-        self.keys, start = [], 0
-        for segment in self.segments:
-            self.keys.append((start, start + segment.total))
-            start += segment.total
+    def keys_and_values(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each row's (1, heads, total, size) keys and values, when attention is given these."""
+        if key is self.returned:
+            return self.views
+        self.expanded = True
+        sizes = [segment.total for segment in self.segments]
+        if key.shape[2] != sum(sizes):
+            raise RuntimeError(f"attention was given {key.shape[2]} keys for rows of {sizes}")
+        return list(zip(key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True))
 
 
 _current: ContextVar[Ragged | None] = ContextVar("qllm_ragged", default=None)
@@ -88,6 +99,7 @@ class KVPool:
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.tokens = tokens
+        self.expands = True  # whether the model computes on what the cache returns; the runner finds out
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         for i, layer in enumerate(cache.layers):
             pair = []
@@ -116,18 +128,29 @@ class RaggedCache(Cache):
         self.pool, self.rows = pool, rows
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Store (1, heads, T, size) new keys and values; return those of all rows, (1, heads, S, size)."""
-        pair = self.pool.layers[layer_idx]
-        return tuple(self._store(p, new[0]) for p, new in zip(pair, (key_states, value_states), strict=True))
+        """Store the new keys and values, (1, heads, T, size).
 
-    def _store(self, pool: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        Returns those of all rows, (1, heads, S, size), or, to a model that does not look at them, the
+        new ones again.
+        """
+        pair = self.pool.layers[layer_idx]
+        rows = self.rows
+        keys, values = (
+            self._store(p, new[0]) for p, new in zip(pair, (key_states, value_states), strict=True)
+        )
+        rows.views = list(zip(keys, values, strict=True))
+        if self.pool.expands:
+            key_states, value_states = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        rows.returned = key_states
+        return key_states, value_states
+
+    def _store(self, pool: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
         views = []
         for s in self.rows.segments:
             view = pool[:, s.slot : s.slot + s.total]
             view[:, s.past :] = new[:, s.query : s.query + s.length]
-            views.append(view)
-        # One row is read where it lies.
-        return (views[0] if len(views) == 1 else torch.cat(views, dim=1)).unsqueeze(0)
+            views.append(view.unsqueeze(0))
+        return views
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(s.past for s in self.rows.segments)
@@ -147,8 +170,7 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
     window = kwargs.get("sliding_window") or 0
     heads, total, size = query.shape[1], query.shape[2], value.shape[-1]
     out = query.new_empty(total, heads, size)
-    for segment, (first, last) in zip(rows.segments, rows.keys, strict=True):
-        k, v = key[:, :, first:last], value[:, :, first:last]
+    for segment, (k, v) in zip(rows.segments, rows.keys_and_values(key, value), strict=True):
         # Positions are counted in the row: its queries are [past, past + length).
         start = segment.past
         while start < segment.total:
@@ -158,10 +180,8 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
             low = max(0, start - window + 1) if window else 0
             q0 = segment.query + start - segment.past
             q = query[:, :, q0 : q0 + block]
-            attended = _attend(
-                q, k[:, :, low : start + block], v[:, :, low : start + block], start - low, window, scaling
-            )
-            out[q0 : q0 + block] = attended
+            k_block, v_block = k[:, :, low : start + block], v[:, :, low : start + block]
+            out[q0 : q0 + block] = _attend(q, k_block, v_block, start - low, window, scaling)
             start += block
     return out.unsqueeze(0), None
 

@@ -134,7 +134,9 @@ class Runner:
         ids, n = self._probe_ids(), self.PROBE
         if self.pool.tokens < 2 * n:
             raise ValueError(f"kv_tokens must be at least {2 * n}, got {self.pool.tokens}")
-        self._forward(ids[:4], Ragged([Segment(0, 4, 0, 0)]))
+        first = Ragged([Segment(0, 4, 0, 0)])
+        self._forward(ids[:4], first)
+        self.pool.expands = first.expanded
         # The rest of the first row, in one iteration with the whole of a second one.
         got = self._forward(
             ids[4:] + ids[: n - 2], Ragged([Segment(0, n - 4, 4, 0), Segment(n - 4, n - 2, 0, n)])

@@ -42,13 +42,15 @@ def rows(draw):
     st.sampled_from([(4, 1), (4, 2), (2, 2)]),
     st.sampled_from([None, 1, 5, 64]),
     st.integers(1, 20_000),
+    st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, seed):
+def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, expands, seed):
     segments, slots = case
     heads, kv_heads = heads
     random = torch.Generator().manual_seed(seed)
     pool = KVPool.__new__(KVPool)
+    pool.expands = expands
     pool.layers = [tuple(torch.randn(kv_heads, slots, SIZE, generator=random) for _ in range(2))]
     total = sum(s.length for s in segments)
     q = torch.randn(1, heads, total, SIZE, generator=random)
@@ -58,6 +60,8 @@ def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, s
     before = [layer.clone() for layer in pool.layers[0]]
     with ragged(batch):
         keys, values = RaggedCache(pool, batch).update(k, v, 0)
+        if expands:  # what multi-head latent attention does: other tensors, of the same positions
+            keys, values = keys * 1, values * 1
         out, _ = ragged_attention(
             types.SimpleNamespace(), q, keys, values, None, scaling=0.3, sliding_window=window
         )
@@ -77,6 +81,7 @@ def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, s
 
 def test_slots_outside_the_rows_are_left_alone():
     pool = KVPool.__new__(KVPool)
+    pool.expands = False
     pool.layers = [(torch.full((1, 10, SIZE), 7.0), torch.full((1, 10, SIZE), 7.0))]
     batch = Ragged([Segment(0, 2, 1, 4)])
     RaggedCache(pool, batch).update(torch.zeros(1, 1, 2, SIZE), torch.zeros(1, 1, 2, SIZE), 0)
@@ -96,6 +101,15 @@ def test_the_gate_is_passed_between_blocks_of_queries():
     with ragged(dataclasses.replace(batch, gate=None)):
         free, _ = ragged_attention(types.SimpleNamespace(), q, k, k, None)
     assert torch.equal(gated, free)
+
+
+def test_keys_that_belong_to_no_row_are_an_error():
+    q = torch.randn(1, 2, 3, SIZE)
+    with (
+        ragged(Ragged([Segment(0, 3, 4, 0)])),
+        pytest.raises(RuntimeError, match=r"3 keys for rows of \[7\]"),
+    ):
+        ragged_attention(types.SimpleNamespace(), q, q, q, None)
 
 
 @pytest.mark.parametrize("argument", ["s_aux", "softcap"])
