@@ -115,7 +115,8 @@ def main() -> None:
     rows = []
     print(f"{args.dtype}, {args.threads} threads; theirs / ours, so above 1 is faster than theirs\n")
     print(
-        "   H     I   E  K     T     ours ms (min-max)        grouped_mm  with flag  batched_mm  eager  flag cost"
+        "   H     I   E  K     T     ours ms (min-max)        "
+        "grouped_mm  with flag  batched_mm  eager  flag cost"
     )
     for hidden, intermediate, experts, top_k in SHAPES:
         for tokens in TOKENS:
