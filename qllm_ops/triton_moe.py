@@ -59,7 +59,7 @@ class TritonMoe:
             self._allocate()
             if inputs.num_tokens:
                 self._route()
-            self._routed = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+            self._mark()
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -76,8 +76,7 @@ class TritonMoe:
             return True
         limits = self._limits(max_tiles)
         with self._on_device():
-            if self._routed is not None:
-                torch.cuda.current_stream().wait_event(self._routed)
+            self._catch_up()
             if self._flag is not None:
                 self._flag.fence()
             if self._overdrawn:
@@ -95,7 +94,9 @@ class TritonMoe:
         if self.inputs.num_tokens:
             self._unread = True
             with self._on_device():
+                self._catch_up()
                 self._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT), poll=False)
+                self._mark()
 
     @property
     def tiles_done(self) -> int:
@@ -249,13 +250,23 @@ class TritonMoe:
         """Wait for the current stream and learn how far the phases are."""
         if self.inputs.num_tokens == 0:
             return
-        words = self._state[:9].tolist()
+        with self._on_device():
+            self._catch_up()
+            words = self._state[:9].tolist()
         tickets, self._done, self._totals = (tuple(words[i : i + 3]) for i in (0, 3, 6))
         ends = [min(limit, total) for limit, total in zip(limits, self._totals, strict=True)]
         # A launch gives out tickets past its last one before everybody has left.
         self._taken = tuple(min(ticket, end) for ticket, end in zip(tickets, ends, strict=True))
         self._overdrawn = tickets != self._done
         self._unread = False
+
+    def _mark(self) -> None:
+        """Remember what the current stream was given, for whoever goes on with the run on another one."""
+        self._given = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+
+    def _catch_up(self) -> None:
+        if self._given is not None:
+            torch.cuda.current_stream().wait_event(self._given)
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -224,8 +224,13 @@ def parked(flag, events, count=1):
 
 
 def test_wait_returns_at_once_while_the_class_runs():
-    assert PriorityFlag().wait(0)
-    assert PriorityFlag().wait(0, timeout_s=0)
+    events = []
+    flag = PriorityFlag(on_event=lambda *event: events.append(event))
+    flag.pause(1)
+    events.clear()
+    assert flag.wait(0)
+    assert flag.wait(0, timeout_s=0)
+    assert not events
 
 
 def test_wait_wakes_at_the_last_resume():

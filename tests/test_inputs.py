@@ -112,7 +112,9 @@ def test_small_tensors_need_not_be_contiguous():
     for name in ("hidden_states", "top_k_index", "top_k_weights"):
         strided = given[name].t().contiguous().t()
         assert not strided.is_contiguous()
-        assert torch.equal(qllm_ops.moe(**{**given, name: strided}), expected)
+        output = qllm_ops.moe(**{**given, name: strided})
+        assert torch.equal(output, expected)
+        assert output.is_contiguous()
         every_other = given[name].repeat_interleave(2, dim=0)[::2]
         assert torch.equal(qllm_ops.moe(**{**given, name: every_other}), expected)
 

@@ -120,7 +120,8 @@ def test_pause_share_and_deadline(backend):
 
 
 def test_moe_waits_while_paused_and_no_longer():
-    flag = PriorityFlag()
+    events = []
+    flag = PriorityFlag(on_event=lambda kind, *_: events.append(kind))
     flag.pause(0, "me")
     done = threading.Event()
     outputs = []
@@ -135,6 +136,7 @@ def test_moe_waits_while_paused_and_no_longer():
     assert torch.equal(moe(**CASE.tensors(), flag=flag, priority=1), moe(**CASE.tensors()))
     flag.resume(0, "me")
     assert done.wait(10)
+    assert events == ["pause", "park", "resume", "unpark"]  # it stood still, and did not ask in a circle
     assert_same_bits(outputs[0], moe(**CASE.tensors()))
 
 

@@ -191,21 +191,28 @@ def test_a_skipped_pair_has_no_part_in_the_sum():
 
 
 def test_layouts_agree():
-    """The way a tile's products are laid out depends on its rows; every way gives the reference's numbers."""
-    for tokens, experts, top_k in ((1, 2, 1), (3, 7, 5), (30, 8, 8), (60, 4, 1), (90, 4, 2), (300, 3, 1)):
-        case = MoeCase(tokens, 32, 24, experts, top_k)
-        assert_close(alone(case), case)
-        odd = MoeCase(tokens, 31, 23, experts, top_k)  # rows that do not start at multiples of 16 bytes
-        assert_close(alone(odd), odd)
+    """How a tile's products are laid out depends on its rows; every way gives the reference's numbers."""
+    for tokens, experts, top_k, size in (
+        (1, 2, 1, 32),
+        (3, 7, 5, 32),
+        (20, 40, 3, 8),  # tiles of many experts with one or two rows each
+        (30, 8, 8, 32),
+        (60, 4, 1, 32),
+        (90, 4, 2, 32),
+        (300, 3, 1, 32),
+    ):
+        for odd in (0, 1):  # rows of 32 numbers start at multiples of 16 bytes, rows of 31 do not
+            case = MoeCase(tokens, size - odd, size - odd, experts, top_k)
+            assert_close(alone(case), case)
 
 
 # -- how the tiles are cut -----------------------------------------------------------------------
 
 
 @given(
-    counts=st.lists(st.integers(0, 700), min_size=1, max_size=40),
-    hidden=st.integers(1, 9000),
-    intermediate=st.integers(1, 20000),
+    counts=st.lists(st.integers(0, 9) | st.integers(0, 700), min_size=1, max_size=60),
+    hidden=st.sampled_from((1, 16, 256, 512, 2048, 7168)),
+    intermediate=st.sampled_from((1, 16, 256, 1024, 14336)),
 )
 def test_tiles_cover_every_row_once_and_are_bounded(counts, hidden, intermediate):
     edges = list(itertools.accumulate(counts, initial=5))
