@@ -36,9 +36,9 @@ MIN_ROWS, MAX_ROWS = 16, 512
 COMBINE_BYTES = 8 * 2**20
 """Bytes of pair outputs that one tile of the combine reads: about a millisecond."""
 
-WIDE_ROWS, MANY_ROWS = 10, 32
-"""MKL takes up to half the time for a product with some rows when its result is stored column by column.
-So gate and up are, from WIDE_ROWS rows per expert on, and up to MANY_ROWS also what down_proj gives."""
+WIDE_ROWS, MANY_ROWS = 12, 64
+"""Between these numbers of rows per expert, products are stored column by column: MKL then takes half the
+time on two cores. With fewer or more rows it takes longer."""
 
 GROUP_BYTES = 64 * 2**20
 """Most weights in a tile that joins experts with few rows: about 4 ms of reading memory."""
@@ -177,20 +177,21 @@ class TorchMoe:
         one_call = self._can_group and mean_rows < WIDE_ROWS and 2 * len(tile) > gate_up_proj.shape[0] + 4
         ends = self._ends[experts] - start if one_call else None
         x, out = self._x[:rows], self._pair_out[start:stop]
-        gate_up = scratch(self._gate_up, rows, 2 * inputs.intermediate_size, mean_rows >= WIDE_ROWS)
-        gate, up = gate_up.chunk(2, dim=1)
+        gate_up = self._gate_up[: rows * 2 * inputs.intermediate_size]
+        if WIDE_ROWS <= mean_rows < MANY_ROWS:
+            gate_up, down = gate_up.view(-1, rows).t(), self._new(inputs.hidden_size, rows).t()
+        else:
+            gate_up, down = gate_up.view(rows, -1), out
 
         if inputs.hidden_states.dtype == torch.float32:
             torch.index_select(inputs.hidden_states, 0, self._token[start:stop], out=x)
         else:
             x.copy_(inputs.hidden_states.index_select(0, self._token[start:stop]))
-        multiply(x, gate_up_proj, blocks, ends, gate_up)
+        gate, up = multiply(x, gate_up_proj, blocks, ends, gate_up).chunk(2, dim=1)
         activate_(gate, inputs.activation).mul_(up)
-        if WIDE_ROWS <= mean_rows < MANY_ROWS:
-            columns = torch.empty(inputs.hidden_size, rows, device=x.device).t()
-            out.copy_(multiply(gate, down_proj, blocks, ends, columns))
-        else:
-            multiply(gate, down_proj, blocks, ends, out)
+        down = multiply(gate, down_proj, blocks, ends, down)
+        if down is not out:
+            out.copy_(down)
 
     def _combine(self, start: int, stop: int) -> None:
         """Rows start..stop of the output: the weighted sum over k, in order, in float32."""
@@ -203,19 +204,13 @@ class TorchMoe:
         self._output[start:stop] = sums
 
 
-def scratch(buffer: Tensor, rows: int, columns: int, by_column: bool) -> Tensor:
-    """A (rows, columns) matrix in the buffer, stored column by column or row by row."""
-    buffer = buffer[: rows * columns]
-    return buffer.view(columns, rows).t() if by_column else buffer.view(rows, columns)
-
-
 def multiply(x: Tensor, weight: Tensor, blocks: list[Block], ends: Tensor | None, out: Tensor) -> Tensor:
-    """Rows start to stop of ``out`` = the same rows of ``x`` times weight[expert], for every block.
+    """Rows start to stop of ``x`` times weight[expert], for every block: in ``out``, or in a new tensor.
 
     ``ends``, if given, are where the rows of every expert in ``weight`` end; then one call does it all.
     """
     if ends is not None:
-        return out.copy_(F.grouped_mm(x, weight, offs=ends))
+        return F.grouped_mm(x, weight, offs=ends)
     for expert, start, stop in blocks:
         torch.mm(x[start:stop], weight[expert].float(), out=out[start:stop])
     return out
