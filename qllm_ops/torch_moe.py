@@ -5,12 +5,12 @@ The (token, k) pairs are sorted by expert, so that every expert owns a contiguou
     row          0    1    2  |  3    4  |  5    6    7    8
     expert       0    0    0  |  2    2  |  3    3    3    3
     token        1    4    5     0    4     0    2    3    5
-    tile        [   first   ] [ second ] [ third ] [ fourth ]
+    group       [         first        ] [     second       ]
 
-A tile gathers the hidden states of its rows, multiplies them by its expert's matrices and leaves
-one row per pair in `_pair_out`. The last tiles add the K rows of each token, in order of k. The tiles
-depend on the inputs only and each is computed whole, so the result does not depend on where the
-run was left and taken up again.
+Every group of rows is two tiles: one gathers the hidden states, multiplies them by gate_up_proj and
+applies the activation; the next multiplies by down_proj and leaves one row per pair in `_pair_out`. The
+last tiles add the K rows of each token, in order of k. The tiles depend on the inputs only and each is
+computed whole, so the result does not depend on where the run was left and taken up again.
 
 All arithmetic is in float32: 16-bit weights are widened one expert at a time, which on a CPU without
 16-bit matrix units is also several times faster than multiplying them as they are.
@@ -27,30 +27,25 @@ from torch import Tensor
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs
 
-TILE_FLOPS = 0.9e9
-"""Most work in one tile: 4 to 9 ms at 100 to 200 GFLOP/s. Leaving takes as long as one tile."""
+TILE_FLOPS = 1.2e9
+"""Most work in one tile: 6 to 12 ms at 100 to 200 GFLOP/s. Leaving takes as long as one tile."""
 
-MIN_ROWS, MAX_ROWS = 16, 512
+MIN_ROWS, MAX_ROWS = 16, 640
 """Fewer rows do not pay for reading the weights; more rows no longer make a matrix product faster."""
 
 COMBINE_BYTES = 8 * 2**20
 """Bytes of pair outputs that one tile of the combine reads: about a millisecond."""
 
-WIDE_ROWS, MANY_ROWS = 12, 64
-"""Between these numbers of rows per expert, products are stored column by column: MKL then takes half the
-time on two cores. With fewer or more rows it takes longer."""
-
 GROUP_BYTES = 64 * 2**20
-"""Most weights in a tile that joins experts with few rows: about 4 ms of reading memory."""
+"""Most weights of a group that joins experts with few rows: its tiles read memory for about 4 ms."""
 
 Block = tuple[int, int, int]
 """Expert, first row, one past the last row."""
 
 
-def tile_rows(hidden_size: int, intermediate_size: int) -> int:
-    """Most rows of a tile: the power of two that keeps its three matrix products within TILE_FLOPS."""
-    rows = int(TILE_FLOPS / (6 * hidden_size * intermediate_size))
-    return min(MAX_ROWS, max(MIN_ROWS, 1 << (rows.bit_length() - 1 if rows else 0)))
+def group_rows(hidden_size: int, intermediate_size: int) -> int:
+    """Most rows of a group: what keeps the larger of its products, gate_up_proj's, within TILE_FLOPS."""
+    return min(MAX_ROWS, max(MIN_ROWS, int(TILE_FLOPS / (4 * hidden_size * intermediate_size))))
 
 
 def split(start: int, stop: int, most: int) -> list[tuple[int, int]]:
@@ -60,29 +55,24 @@ def split(start: int, stop: int, most: int) -> list[tuple[int, int]]:
     return [(start + length * i // pieces, start + length * (i + 1) // pieces) for i in range(pieces)]
 
 
-def make_tiles(edges: list[int], hidden_size: int, intermediate_size: int) -> list[list[Block]]:
-    """Cut the rows into tiles, where expert e owns rows edges[e] to edges[e + 1].
+def make_groups(edges: list[int], hidden_size: int, intermediate_size: int) -> list[list[Block]]:
+    """Cut the rows into groups, where expert e owns rows edges[e] to edges[e + 1].
 
-    A tile is one block of rows of one expert; or, where consecutive experts have only a few rows each,
-    blocks of several of them: a tile for each would cost more in calls than in products.
+    A group is one block of rows of one expert; or, where consecutive experts have few rows each, blocks
+    of several of them: tiles for each would cost more in calls than in products.
     """
-    most_rows = tile_rows(hidden_size, intermediate_size)
+    most_rows = group_rows(hidden_size, intermediate_size)
     most_experts = GROUP_BYTES // (12 * hidden_size * intermediate_size)
-    tiles: list[list[Block]] = []
-    last_has_many = None
+    groups: list[list[Block]] = []
     for expert, (first, last) in enumerate(itertools.pairwise(edges)):
+        if first == last:
+            continue
         for start, stop in split(first, last, most_rows):
-            has_many = stop - start >= MANY_ROWS
-            if (
-                has_many == last_has_many
-                and len(tiles[-1]) < most_experts
-                and stop - tiles[-1][0][1] <= most_rows
-            ):
-                tiles[-1].append((expert, start, stop))
+            if groups and len(groups[-1]) < most_experts and stop - groups[-1][0][1] <= most_rows:
+                groups[-1].append((expert, start, stop))
             else:
-                tiles.append([(expert, start, stop)])
-            last_has_many = has_many
-    return tiles
+                groups.append([(expert, start, stop)])
+    return groups
 
 
 class TorchMoe:
@@ -103,7 +93,7 @@ class TorchMoe:
 
     @property
     def tiles_total(self) -> int:
-        return len(self._tiles) + len(self._combines)
+        return 2 * len(self._groups) + len(self._combines)
 
     @property
     def tiles_taken(self) -> int:
@@ -150,48 +140,53 @@ class TorchMoe:
         if skips:
             self._pair_out[-1] = 0
 
-        self._tiles = make_tiles(edges, x.hidden_size, x.intermediate_size)
+        self._groups = make_groups(edges, x.hidden_size, x.intermediate_size)
         self._combines = split(0, x.num_tokens, max(1, COMBINE_BYTES // (4 * x.top_k * x.hidden_size)))
-        rows = max((tile[-1][2] - tile[0][1] for tile in self._tiles), default=0)
+        rows = max((group[-1][2] - group[0][1] for group in self._groups), default=0)
         self._x = self._new(rows, x.hidden_size)
-        self._gate_up = self._new(rows * 2 * x.intermediate_size)
+        self._gate_up = self._new(rows, 2 * x.intermediate_size)
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.inputs.hidden_states.device)
 
     def _compute(self, tile: int) -> None:
-        if tile < len(self._tiles):
-            self._experts(self._tiles[tile])
+        if tile >= 2 * len(self._groups):
+            self._combine(*self._combines[tile - 2 * len(self._groups)])
+        elif tile % 2 == 0:
+            self._up(self._groups[tile // 2])
         else:
-            self._combine(*self._combines[tile - len(self._tiles)])
+            self._down(self._groups[tile // 2])
 
-    def _experts(self, tile: list[Block]) -> None:
-        """The rows of one tile, from hidden states to `_pair_out`."""
-        inputs, first, start, stop = self.inputs, tile[0][0], tile[0][1], tile[-1][2]
-        rows, mean_rows = stop - start, (stop - start) / len(tile)
-        # What `multiply` needs is made ready before the first product has emptied the caches.
-        blocks = [(expert - first, a - start, b - start) for expert, a, b in tile]
-        experts = slice(first, tile[-1][0] + 1)
-        gate_up_proj, down_proj = inputs.gate_up_proj[experts].mT, inputs.down_proj[experts].mT
-        # One call for many experts, but it also spends some time on those of them that have no rows.
-        one_call = self._can_group and mean_rows < WIDE_ROWS and 2 * len(tile) > gate_up_proj.shape[0] + 4
-        ends = self._ends[experts] - start if one_call else None
-        x, out = self._x[:rows], self._pair_out[start:stop]
-        gate_up = self._gate_up[: rows * 2 * inputs.intermediate_size]
-        if WIDE_ROWS <= mean_rows < MANY_ROWS:
-            gate_up, down = gate_up.view(-1, rows).t(), self._new(inputs.hidden_size, rows).t()
+    def _up(self, group: list[Block]) -> None:
+        """One group from hidden states to activation(gate) * up, in `_gated`."""
+        hidden_states, start, stop = self.inputs.hidden_states, group[0][1], group[-1][2]
+        x = self._x[: stop - start]
+        if hidden_states.dtype == torch.float32:
+            torch.index_select(hidden_states, 0, self._token[start:stop], out=x)
         else:
-            gate_up, down = gate_up.view(rows, -1), out
+            x.copy_(hidden_states.index_select(0, self._token[start:stop]))
+        gate_up = self._multiply(x, self.inputs.gate_up_proj, group, self._gate_up[: stop - start])
+        gate, up = gate_up.chunk(2, dim=1)
+        self._gated = activate_(gate, self.inputs.activation).mul_(up)
 
-        if inputs.hidden_states.dtype == torch.float32:
-            torch.index_select(inputs.hidden_states, 0, self._token[start:stop], out=x)
-        else:
-            x.copy_(inputs.hidden_states.index_select(0, self._token[start:stop]))
-        gate, up = multiply(x, gate_up_proj, blocks, ends, gate_up).chunk(2, dim=1)
-        activate_(gate, inputs.activation).mul_(up)
-        down = multiply(gate, down_proj, blocks, ends, down)
+    def _down(self, group: list[Block]) -> None:
+        """One group from `_gated` to its rows of `_pair_out`."""
+        out = self._pair_out[group[0][1] : group[-1][2]]
+        down = self._multiply(self._gated, self.inputs.down_proj, group, out)
         if down is not out:
             out.copy_(down)
+
+    def _multiply(self, x: Tensor, weight: Tensor, group: list[Block], out: Tensor) -> Tensor:
+        """x @ weight[expert].mT for every block's rows and expert: in ``out``, or in a new tensor."""
+        (first, begin, _), (last, _, _) = group[0], group[-1]
+        # One call for many experts, but it also spends some time on those between them that have no rows.
+        if self._can_group and 2 * len(group) > last - first + 5:
+            ends = (self._ends[first : last + 1] - begin).clamp_(max=len(x))
+            return F.grouped_mm(x, weight[first : last + 1].mT, offs=ends)
+        for expert, start, stop in group:
+            rows = slice(start - begin, stop - begin)
+            torch.mm(x[rows], weight[expert].float().mT, out=out[rows])
+        return out
 
     def _combine(self, start: int, stop: int) -> None:
         """Rows start..stop of the output: the weighted sum over k, in order, in float32."""
@@ -202,18 +197,6 @@ class TorchMoe:
             self._pair_out, self._slot[pairs], first, mode=0, per_sample_weights=self._weights[pairs]
         )
         self._output[start:stop] = sums
-
-
-def multiply(x: Tensor, weight: Tensor, blocks: list[Block], ends: Tensor | None, out: Tensor) -> Tensor:
-    """Rows start to stop of ``x`` times weight[expert], for every block: in ``out``, or in a new tensor.
-
-    ``ends``, if given, are where the rows of every expert in ``weight`` end; then one call does it all.
-    """
-    if ends is not None:
-        return F.grouped_mm(x, weight, offs=ends)
-    for expert, start, stop in blocks:
-        torch.mm(x[start:stop], weight[expert].float(), out=out[start:stop])
-    return out
 
 
 def can_group(inputs: MoeInputs) -> bool:
