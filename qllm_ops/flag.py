@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from qllm_ops.openmp import release_workers
+
 FULL = 2**31 - 1
 """Value of a class that may run on every program."""
 
@@ -178,6 +180,8 @@ class PriorityFlag:
                 return True
             give_up = None if timeout_s is None else now + timeout_s
             self._on_event("park", c, now)
+            if self.device.type == "cpu":
+                release_workers()  # the class that goes first needs the cores
             try:
                 while self._owners[c]:
                     wake = min(

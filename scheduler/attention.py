@@ -5,9 +5,12 @@ see no padding. Only attention must tell the rows apart. `RaggedCache` stands wh
 expects a cache: it writes the new keys and values into the pool. `ragged_attention`, registered with
 transformers as "qllm", attends row by row; the attention itself is torch's scaled_dot_product_attention.
 
-Most models hand what the cache returns to attention as it is; then each row's keys are read where they
-lie. Multi-head latent attention expands it first; then the cache returns all rows' latents one after
-the other, a copy. Which of the two a model does is seen in a probe.
+Rows that decode over few keys are gathered into one padded batch: a call for each would cost more in
+calls than in attention. Over many keys the copy would cost more, so those rows are read where they lie.
+
+Most models hand what the cache returns to attention as it is; then that is the pool. Multi-head latent
+attention expands it first; then the cache returns all rows' latents one after the other, a copy. Which
+of the two a model does is seen in a probe.
 
 Queries of a long prompt go in blocks. A paused lane stops between two of them, as it does between two
 tiles of an expert, so that no single attention over thousands of tokens keeps an urgent request waiting.
@@ -19,6 +22,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,6 +35,9 @@ NAME = "qllm"
 BLOCK_SCORES = 640 * 1024
 """Scores (queries x keys) of one head in one block: about 8 ms of a two-core CPU's time at 8 heads
 of 64."""
+
+PADDED_BYTES = 256 * 1024
+"""Most bytes of keys of a row in a padded batch: copying them takes about as long as one more call."""
 
 
 @dataclass
@@ -49,27 +56,64 @@ class Segment:
 
 
 @dataclass
+class Padded:
+    """Rows that decode, as one batch: ``index`` (B * L,) says where their keys lie, ``mask``
+    (B, 1, 1, L) which of them are padding; None if none are."""
+
+    query: torch.Tensor
+    index: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass
 class Ragged:
     """The rows of the iteration that this thread is running."""
 
     segments: list[Segment]
     gate: Callable[[], None] | None = None  # called between blocks of queries; may stand still
     block_scores: int = BLOCK_SCORES
+    padded_bytes: int = PADDED_BYTES
     returned: torch.Tensor | None = field(default=None, init=False)  # keys that the cache returned last
-    views: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, init=False)  # of that layer
+    layer: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)  # its part of the pool
     expanded: bool = field(default=False, init=False)  # whether attention was given other keys than those
+    _padded: dict = field(default_factory=dict, init=False)
 
     def keys_and_values(
         self, key: torch.Tensor, value: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each row's (1, heads, total, size) keys and values, when attention is given these."""
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """When attention is given these: where the rows' keys and values are, (heads, N, size) each, and
+        at which of the N every row begins."""
         if key is self.returned:
-            return self.views
+            return *self.layer, [s.slot for s in self.segments]
         self.expanded = True
         sizes = [segment.total for segment in self.segments]
         if key.shape[2] != sum(sizes):
             raise RuntimeError(f"attention was given {key.shape[2]} keys for rows of {sizes}")
-        return list(zip(key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True))
+        return key[0], value[0], list(accumulate(sizes[:-1], initial=0))
+
+    def decoding(self, most_keys: float = float("inf")) -> list[int]:
+        """The rows with one new token and at most so many keys, if there are two or more."""
+        rows = [i for i, s in enumerate(self.segments) if s.length == 1 and s.total <= most_keys]
+        return rows if len(rows) > 1 else []
+
+    def padded(self, rows: list[int], starts: list[int], window: int, like: torch.Tensor) -> Padded:
+        """Those rows as one batch; made once per iteration and kind of layer."""
+        key = (window, self.expanded, tuple(rows))
+        if key not in self._padded:
+            counts = [min(window or total, total) for total in (self.segments[i].total for i in rows)]
+            first = [starts[i] + self.segments[i].total - n for i, n in zip(rows, counts, strict=True)]
+            first, count = torch.tensor([first, counts])[:, :, None]
+            column = torch.arange(max(counts))
+            # Padding repeats a row's own last key: another row's might be NaN, and NaN times zero is NaN.
+            index = (first + column.minimum(count - 1)).flatten()
+            mask = torch.zeros(len(rows), 1, 1, len(column), dtype=like.dtype)
+            mask[:, 0, 0].masked_fill_(column >= count, -torch.inf)
+            self._padded[key] = Padded(
+                torch.tensor([self.segments[i].query for i in rows], device=like.device),
+                index.to(like.device),
+                mask.to(like.device) if min(counts) < max(counts) else None,
+            )
+        return self._padded[key]
 
 
 _current: ContextVar[Ragged | None] = ContextVar("qllm_ragged", default=None)
@@ -126,6 +170,7 @@ class RaggedCache(Cache):
     def __init__(self, pool: KVPool, rows: Ragged):
         super().__init__(layers=[])
         self.pool, self.rows = pool, rows
+        self._decoding: tuple[torch.Tensor, torch.Tensor] | None = None  # query and slot of every such row
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Store the new keys and values, (1, heads, T, size).
@@ -133,24 +178,29 @@ class RaggedCache(Cache):
         Returns those of all rows, (1, heads, S, size), or, to a model that does not look at them, the
         new ones again.
         """
-        pair = self.pool.layers[layer_idx]
-        rows = self.rows
-        keys, values = (
-            self._store(p, new[0]) for p, new in zip(pair, (key_states, value_states), strict=True)
-        )
-        rows.views = list(zip(keys, values, strict=True))
+        rows, layer = self.rows, self.pool.layers[layer_idx]
+        self._store(layer, (key_states[0], value_states[0]))
         if self.pool.expands:
-            key_states, value_states = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        rows.returned = key_states
+            key_states, value_states = (
+                torch.cat([of[:, s.slot : s.slot + s.total] for s in rows.segments], dim=1)[None]
+                for of in layer
+            )
+        rows.layer, rows.returned = layer, key_states
         return key_states, value_states
 
-    def _store(self, pool: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
-        views = []
-        for s in self.rows.segments:
-            view = pool[:, s.slot : s.slot + s.total]
-            view[:, s.past :] = new[:, s.query : s.query + s.length]
-            views.append(view.unsqueeze(0))
-        return views
+    def _store(self, layer: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]) -> None:
+        segments, decoding = self.rows.segments, self.rows.decoding()
+        if decoding:
+            if self._decoding is None:
+                where = [(segments[i].query, segments[i].slot + segments[i].past) for i in decoding]
+                self._decoding = torch.tensor(where, device=new[0].device).t().unbind()
+            query, slot = self._decoding
+            for to, of in zip(layer, new, strict=True):
+                to.index_copy_(1, slot, of.index_select(1, query))
+        for i, s in enumerate(segments):
+            if i not in decoding:
+                for to, of in zip(layer, new, strict=True):
+                    to[:, s.slot + s.past : s.slot + s.total] = of[:, s.query : s.query + s.length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(s.past for s in self.rows.segments)
@@ -168,9 +218,16 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
                 f"{type(module).__name__} needs {name!r} in attention, which is not supported"
             )
     window = kwargs.get("sliding_window") or 0
-    heads, total, size = query.shape[1], query.shape[2], value.shape[-1]
-    out = query.new_empty(total, heads, size)
-    for segment, (k, v) in zip(rows.segments, rows.keys_and_values(key, value), strict=True):
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    keys, values, starts = rows.keys_and_values(key, value)
+    together = rows.decoding(rows.padded_bytes // keys[:, 0].nbytes)
+    if together:
+        batch = rows.padded(together, starts, window, query)
+        out[batch.query] = _attend_padded(query[0], keys, values, batch, scaling)
+    for i, segment in enumerate(rows.segments):
+        if i in together:
+            continue
+        k, v = (of[None, :, starts[i] : starts[i] + segment.total] for of in (keys, values))
         # Positions are counted in the row: its queries are [past, past + length).
         start = segment.past
         while start < segment.total:
@@ -194,6 +251,18 @@ def _block(start: int, stop: int, window: int, scores: int) -> int:
     while block < 1024 and 2 * block * (keys + 2 * block) <= scores:
         block *= 2
     return min(block, stop - start)
+
+
+def _attend_padded(query, keys, values, batch: Padded, scaling: float | None) -> torch.Tensor:
+    """(heads, T, d) queries, (kv heads, N, d) keys and values -> (B, heads, d)."""
+    heads, kv_heads, rows = query.shape[0], keys.shape[0], len(batch.query)
+    q = query.index_select(1, batch.query).transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, -1)
+    k, v = (
+        of.index_select(1, batch.index).view(kv_heads, rows, -1, of.shape[2]).transpose(0, 1)
+        for of in (keys, values)
+    )
+    out = scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, scale=scaling)
+    return out.reshape(rows, heads, -1)
 
 
 def _attend(q, k, v, past: int, window: int, scaling: float | None) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import install, uninstall
+from qllm_ops.openmp import release_workers
 from qllm_ops.scheduler.core import Batch, Limits, Scheduler
 from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Policy
@@ -76,6 +77,7 @@ class Engine:
         self._names = count()
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._switch_interval, SWITCH_INTERVAL_S))
+        release_workers()  # this thread waits from now on; its workers would slow the lanes
         lanes = self.scheduler.policy.lanes
         self._threads = [
             threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes
@@ -188,6 +190,7 @@ class Engine:
                     return batch
                 if lane == BACKGROUND and self.flag.paused(BE):
                     continue
+                release_workers()  # an idle lane must not slow the other one
                 wake = self.scheduler.wake_s.get(lane)
                 self._changed.wait(None if wake is None else max(wake - self.clock(), 0.0))
 

@@ -16,7 +16,7 @@ from qllm_ops.scheduler.core import Batch, Outcome
 from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import FOREGROUND
 from qllm_ops.scheduler.request import BE
-from qllm_ops.scheduler.sampling import LogitsError, sample
+from qllm_ops.scheduler.sampling import sample
 
 PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference between the engine's logits and the model's own, relative to the largest logit.
@@ -33,7 +33,10 @@ class Runner:
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.pool = KVPool(model, kv_tokens)
-        self.block_scores = attention.BLOCK_SCORES if self.device.type == "cpu" else 2**62
+        if self.device.type == "cpu":
+            self._limits = (attention.BLOCK_SCORES, attention.PADDED_BYTES)
+        else:  # a GPU gets through any attention, and copies keys, faster than calls can be launched
+            self._limits = (2**62, 64 * attention.PADDED_BYTES)
         expected = self._probe_plain()
         self._attention = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
@@ -79,11 +82,13 @@ class Runner:
         for row in batch.rows:
             segments.append(Segment(start, len(row.tokens), row.start, row.request.region))
             start += len(row.tokens)
-        rows = Ragged(segments, self._attention_gate if granularity == "tile" else None, self.block_scores)
+        rows = Ragged(segments, self._attention_gate if granularity == "tile" else None, *self._limits)
         with preemptible(self.flag if granularity else None, BE, granularity) as preemption:
             logits = self._forward([t for row in batch.rows for t in row.tokens], rows)
         self.log.count_waste(preemption.wasted_tiles)
-        return [self._outcome(row, logits[i]) for i, row in enumerate(batch.rows)]
+        ending = [i for i, row in enumerate(batch.rows) if row.samples]
+        tokens = iter(sample([batch.rows[i].request for i in ending], logits[ending]))
+        return [next(tokens) if row.samples else None for row in batch.rows]
 
     def _forward(self, ids: list[int], rows: Ragged) -> torch.Tensor:
         """Logits of each row's last token, (rows, vocabulary), on the CPU."""
@@ -99,15 +104,6 @@ class Runner:
             )
         return out.logits[0].cpu()
 
-    @staticmethod
-    def _outcome(row, logits: torch.Tensor) -> Outcome:
-        if not row.samples:
-            return None
-        try:
-            return sample(row.request, logits)
-        except LogitsError as error:
-            return error
-
     def _attention_gate(self) -> None:
         """Where a pass that is paused between tiles also stops: between two blocks of queries."""
         self.log.where = "attention"
@@ -116,7 +112,7 @@ class Runner:
 
     # -- proof that the model's attention is ours to replace -----------------------------------------
 
-    PROBE = 7  # tokens, computed in two chunks with another row beside the second
+    PROBE = 7  # tokens, computed in three chunks with another row beside the second and the third
 
     def _probe_ids(self) -> list[int]:
         return [(i * 7 + 1) % self.vocab_size for i in range(self.PROBE)]
@@ -137,10 +133,10 @@ class Runner:
         first = Ragged([Segment(0, 4, 0, 0)])
         self._forward(ids[:4], first)
         self.pool.expands = first.expanded
-        # The rest of the first row, in one iteration with the whole of a second one.
-        got = self._forward(
-            ids[4:] + ids[: n - 2], Ragged([Segment(0, n - 4, 4, 0), Segment(n - 4, n - 2, 0, n)])
-        ).float()
+        # More of the first row beside most of a second one, which is two tokens shorter; then one of each.
+        self._forward(ids[4:-1] + ids[:-3], Ragged([Segment(0, n - 5, 4, 0), Segment(n - 5, n - 3, 0, n)]))
+        last = Ragged([Segment(0, 1, n - 1, 0), Segment(1, 1, n - 3, n)], *self._limits)
+        got = self._forward([ids[-1], ids[-3]], last).float()
         want = expected[[n - 1, n - 3]]
         if not want.isfinite().all():
             raise ValueError(

@@ -1,6 +1,9 @@
-"""From logits to the next token, one request at a time, so that no draw depends on the neighbours."""
+"""From logits to the next tokens; no draw depends on the neighbours in the batch."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
@@ -12,23 +15,30 @@ class LogitsError(RuntimeError):
     """The logits of one request cannot be sampled from."""
 
 
-def sample(request: Request, logits: torch.Tensor) -> tuple[int, float]:
-    """The next token of ``request`` and how far its best logit lies above the second best.
+def sample(requests: Sequence[Request], logits: torch.Tensor) -> list[tuple[int, float] | LogitsError]:
+    """The next token of every request and how far its best logit lies above the second best.
 
     Args:
-        logits: (vocabulary,) on the CPU, any float dtype.
+        logits: (requests, vocabulary) on the CPU, any float dtype.
 
-    Raises:
-        LogitsError: a logit is NaN or none is finite.
+    Returns:
+        In a request's place a LogitsError, if one of its logits is NaN or none is finite.
     """
+    if not requests:
+        return []
     logits = logits.float()
-    best, token = logits.topk(min(2, logits.numel()))
-    if not torch.isfinite(best[0]) or torch.isnan(logits).any():
-        raise LogitsError(f"the model gave logits that are not numbers (best: {best[0].item()})")
-    margin = (best[0] - best[-1]).item()
-    sampling = request.sampling
+    best, tokens = (of.tolist() for of in logits.topk(min(2, logits.shape[1])))  # NaN counts as the largest
+    return [_pick(*row) for row in zip(requests, logits, best, tokens, strict=True)]
+
+
+def _pick(
+    request: Request, logits: torch.Tensor, best: list[float], tokens: list[int]
+) -> tuple[int, float] | LogitsError:
+    if not math.isfinite(best[0]):
+        return LogitsError(f"the model gave logits that are not numbers (best: {best[0]})")
+    sampling, margin = request.sampling, best[0] - best[-1]
     if sampling.temperature == 0:
-        return int(token[0]), margin
+        return tokens[0], margin
     # A stream per token, not per request: a step that is repeated draws the same number again.
     generator = torch.Generator().manual_seed(_seed(sampling.seed, len(request.tokens)))
     scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits[None])

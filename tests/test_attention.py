@@ -30,8 +30,8 @@ def written_out(q, k, v, past, window, scaling):
 @st.composite
 def rows(draw):
     segments, query, slot = [], 0, 0
-    for _ in range(draw(st.integers(1, 4))):
-        length, past = draw(st.integers(1, 70)), draw(st.integers(0, 90))
+    for _ in range(draw(st.integers(1, 6))):
+        length, past = draw(st.just(1) | st.integers(1, 70)), draw(st.just(30) | st.integers(0, 90))
         segments.append(Segment(query, length, past, slot))
         query, slot = query + length, slot + past + length + draw(st.integers(0, 3))
     return segments, slot
@@ -42,10 +42,11 @@ def rows(draw):
     st.sampled_from([(4, 1), (4, 2), (2, 2)]),
     st.sampled_from([None, 1, 5, 64]),
     st.integers(1, 20_000),
+    st.sampled_from([0, 40, 2**20]),
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, expands, seed):
+def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, padded_keys, expands, seed):
     segments, slots = case
     heads, kv_heads = heads
     random = torch.Generator().manual_seed(seed)
@@ -56,7 +57,7 @@ def test_rows_attend_to_their_own_keys_only(case, heads, window, block_scores, e
     q = torch.randn(1, heads, total, SIZE, generator=random)
     k, v = (torch.randn(1, kv_heads, total, SIZE, generator=random) for _ in range(2))
 
-    batch = Ragged(segments, block_scores=block_scores)
+    batch = Ragged(segments, block_scores=block_scores, padded_bytes=padded_keys * kv_heads * SIZE * 4)
     before = [layer.clone() for layer in pool.layers[0]]
     with ragged(batch):
         keys, values = RaggedCache(pool, batch).update(k, v, 0)
@@ -87,6 +88,27 @@ def test_slots_outside_the_rows_are_left_alone():
     RaggedCache(pool, batch).update(torch.zeros(1, 1, 2, SIZE), torch.zeros(1, 1, 2, SIZE), 0)
     for layer in pool.layers[0]:
         assert layer[0, :, 0].tolist() == [7, 7, 7, 7, 7, 0, 0, 7, 7, 7]
+
+
+@pytest.mark.parametrize("padded_bytes", [0, 2**20])
+def test_a_row_of_nans_stays_alone(padded_bytes):
+    """Whatever a failed request left in the pool, and however short the others are."""
+    pool = KVPool.__new__(KVPool)
+    pool.expands = False
+    random = torch.Generator().manual_seed(0)
+    pool.layers = [tuple(torch.randn(2, 40, SIZE, generator=random) for _ in range(2))]
+    for of in pool.layers[0]:
+        of[:, 10:20] = torch.nan  # the second row's past, between the first and the third row's
+        of[:, 26:] = torch.nan  # memory that belongs to nobody
+    q, k, v = (torch.randn(1, heads, 3, SIZE, generator=random) for heads in (4, 2, 2))
+    segments = [Segment(0, 1, 9, 0), Segment(1, 1, 9, 10), Segment(2, 1, 5, 20)]
+    batch = Ragged(segments, padded_bytes=padded_bytes)
+    with ragged(batch):
+        keys, values = RaggedCache(pool, batch).update(k, v, 0)
+        out, _ = ragged_attention(types.SimpleNamespace(), q, keys, values, None)
+    assert out[0, 0].isfinite().all()
+    assert out[0, 1].isnan().all()
+    assert out[0, 2].isfinite().all()
 
 
 def test_the_gate_is_passed_between_blocks_of_queries():

@@ -40,13 +40,21 @@ def generated(model, ids: list[int], new: int) -> list[int]:
 
 def record_logits(engine: Engine) -> dict[tuple[str, int], torch.Tensor]:
     """Every row's logits from now on, by (request, position)."""
-    seen, outcome = {}, engine.runner._outcome
+    seen, runner, of_lane = {}, engine.runner, threading.local()
+    run, forward = runner.run, runner._forward
 
-    def note(row, logits):
-        seen[row.request.id, row.end] = logits.clone()
-        return outcome(row, logits)
+    def note_forward(ids, rows):
+        of_lane.logits = forward(ids, rows)
+        return of_lane.logits
 
-    engine.runner._outcome = note
+    def note_run(batch, granularity):
+        outcomes = run(batch, granularity)
+        seen.update(
+            {(row.request.id, row.end): of_lane.logits[i].clone() for i, row in enumerate(batch.rows)}
+        )
+        return outcomes
+
+    runner.run, runner._forward = note_run, note_forward
     return seen
 
 

@@ -5,12 +5,18 @@ from collections import Counter
 import pytest
 import torch
 
+from qllm_ops.scheduler import sampling as module
 from qllm_ops.scheduler.request import Request, Sampling
-from qllm_ops.scheduler.sampling import LogitsError, sample
+from qllm_ops.scheduler.sampling import LogitsError
 
 
 def request(tokens=(), **sampling):
     return Request("r", [1], sampling=Sampling(**sampling), tokens=list(tokens))
+
+
+def sample(request, logits):
+    (outcome,) = module.sample([request], logits[None])
+    return outcome
 
 
 def test_greedy_takes_the_best_and_says_by_how_much():
@@ -43,5 +49,19 @@ def test_a_draw_depends_on_seed_and_step_only():
     "bad", [[float("nan"), 1.0], [1.0, float("nan")], [float("-inf")] * 2, [float("inf"), 0.0]]
 )
 def test_logits_that_are_not_numbers_are_an_error(bad):
-    with pytest.raises(LogitsError, match="not numbers"):
-        sample(request(), torch.tensor(bad))
+    error = sample(request(), torch.tensor(bad))
+    assert isinstance(error, LogitsError)
+    assert "not numbers" in str(error)
+
+
+def test_a_row_depends_on_no_other():
+    """Nor does one without numbers harm the rest."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    requests = [request(), request(temperature=1.0, seed=3), request(), request(temperature=0.5, top_p=0.5)]
+    alone = [sample(r, row) for r, row in zip(requests, logits, strict=True)]
+    assert module.sample(requests, logits) == alone
+    logits[2, 7] = float("nan")
+    spoilt = module.sample(requests, logits)
+    assert isinstance(spoilt[2], LogitsError)
+    assert [spoilt[i] for i in (0, 1, 3)] == [alone[i] for i in (0, 1, 3)]
+    assert module.sample([], logits[:0]) == []
