@@ -4,7 +4,7 @@ Importing this package registers the experts implementation "qllm" with transfor
 """
 
 from .checkpoint import CheckpointError, check_safetensors, load
-from .experts import Preemption, UnsupportedExpertsError, current_preemption, preemptible
+from .experts import Preemption, UnsupportedExpertsError, current_preemption, preemptible, warming_up
 from .install import InstalledExperts, InstallReport, install, uninstall
 from .presets import PRESETS, Preset, make_preset, save_preset
 
@@ -24,4 +24,5 @@ __all__ = [
     "preemptible",
     "save_preset",
     "uninstall",
+    "warming_up",
 ]

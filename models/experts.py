@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
-from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference
+from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.inputs import DTYPES
 from qllm_ops.moe import check_flag
 
@@ -96,6 +96,24 @@ def current_preemption() -> Preemption | None:
     return _override.get()
 
 
+_warming: ContextVar[tuple[PriorityFlag | None, int, set] | None] = ContextVar("qllm_warming", default=None)
+
+
+@contextlib.contextmanager
+def warming_up(flag: PriorityFlag | None, priority: int = 0) -> Iterator[None]:
+    """Make every experts call of this thread's body first load the kernels that calls like it may need.
+
+    One forward pass in the body, and no later pass loads a kernel: that would wait for the whole
+    device, paused work included (:func:`qllm_ops.warm_up`). The passes meant are those with ``flag``
+    and ``priority``, and those with no flag.
+    """
+    token = _warming.set((flag, priority, set()))
+    try:
+        yield
+    finally:
+        _warming.reset(token)
+
+
 # -- the experts function ---------------------------------------------------------------------------
 
 
@@ -155,6 +173,8 @@ def experts_forward(
         flag = None
     tensors = (hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
     options = {"activation": layout.activation, "backend": settings.backend}
+    if _warming.get() is not None:
+        _warm_up(tensors, options)
     if flag is None:
         output = moe(*tensors, **options)
     else:
@@ -166,6 +186,18 @@ def experts_forward(
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         return _NoGradient.apply(output, hidden_states)
     return output
+
+
+def _warm_up(tensors: tuple[Tensor, ...], options: dict[str, str]) -> None:
+    """Once for all modules that differ in their weights only."""
+    flag, priority, done = _warming.get()
+    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors
+    weights = (gate_up_proj.shape, down_proj.shape, hidden_states.dtype)
+    routing = (top_k_index.shape[1], top_k_index.dtype, top_k_weights.dtype)
+    alike = (hidden_states.device, weights, routing, *options.values())
+    if alike not in done and len(hidden_states):
+        done.add(alike)
+        warm_up(*tensors, **options, flag=flag, priority=priority)
 
 
 class _NoGradient(torch.autograd.Function):

@@ -16,7 +16,7 @@ from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
 from qllm_ops.torch_moe import TorchMoe
 
-__all__ = ["ACTIVATIONS", "MoeRun", "moe", "moe_reference"]
+__all__ = ["ACTIVATIONS", "MoeRun", "moe", "moe_reference", "warm_up"]
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -157,6 +157,33 @@ class MoeRun:
         if not self.done:
             raise RuntimeError(f"the run is not done: {self.tiles_done} of {self.tiles_total} tiles")
         return self._layer.output
+
+
+def warm_up(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    activation: str = "silu",
+    flag: PriorityFlag | None = None,
+    priority: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Compile and load every kernel that calls of :func:`moe` like this one need, whatever their T.
+
+    Takes the arguments of :func:`moe`; T must be at least 1. With a flag, kernels for calls without one
+    are loaded as well. Loading a kernel waits for the whole device, paused work included: so do it
+    before anything is paused. Nothing to do for the torch backend.
+    """
+    inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+    check_flag(flag, priority, inputs.hidden_states.device)
+    if inputs.num_tokens == 0:
+        raise ValueError("hidden_states must hold at least one token to warm up with, got T = 0")
+    layer = _backend_class(_choose(backend, inputs))
+    if hasattr(layer, "warm_up"):
+        layer.warm_up(inputs, flag, priority)
 
 
 def moe_reference(

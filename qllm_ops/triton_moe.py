@@ -61,6 +61,23 @@ class TritonMoe:
                 self._route()
             self._mark()
 
+    @classmethod
+    def warm_up(cls, inputs: MoeInputs, flag: PriorityFlag | None = None, priority: int = 0) -> None:
+        """Compile and load every kernel that layers like this one may need, whatever their number of tokens.
+
+        The runs are of tokens that no expert here takes: their output is zero. T must be at least 1.
+        """
+        for num_tokens in token_counts(inputs.top_k, inputs.num_experts):
+            nobody = replace(
+                inputs,
+                hidden_states=inputs.hidden_states.new_empty(num_tokens, inputs.hidden_size),
+                top_k_index=torch.full_like(inputs.top_k_index[:1], -1).repeat(num_tokens, 1),
+                top_k_weights=inputs.top_k_weights.new_empty(num_tokens, inputs.top_k),
+            )
+            cls(nobody, None, 0).launch_all()
+            if flag is not None:
+                cls(nobody, flag, priority).step(None)
+
     # -- the run ---------------------------------------------------------------------------------
 
     def step(self, max_tiles: int | None) -> bool:
@@ -276,21 +293,3 @@ class TritonMoe:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the device; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def warm_up(inputs: MoeInputs, flag: PriorityFlag | None = None, priority: int = 0) -> None:
-    """Compile and load every kernel that layers like this one may need, whatever their number of tokens.
-
-    Loading a kernel waits for the whole device, work that is paused there included, so it is best done
-    before anything can be paused. The runs are of tokens that no expert here takes: their output is zero.
-    """
-    for num_tokens in token_counts(inputs.top_k, inputs.num_experts):
-        nobody = replace(
-            inputs,
-            hidden_states=inputs.hidden_states.new_empty(num_tokens, inputs.hidden_size),
-            top_k_index=torch.full_like(inputs.top_k_index[:1], -1).repeat(num_tokens, 1),
-            top_k_weights=inputs.top_k_weights.new_empty(num_tokens, inputs.top_k),
-        )
-        TritonMoe(nobody, None, 0).launch_all()
-        if flag is not None:
-            TritonMoe(nobody, flag, priority).step(None)

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from qllm_ops import PriorityFlag
-from qllm_ops.models import preemptible
+from qllm_ops.models import preemptible, warming_up
 from qllm_ops.scheduler import attention
 from qllm_ops.scheduler.attention import KVPool, Ragged, RaggedCache, Segment, ragged
 from qllm_ops.scheduler.core import Batch, Outcome
@@ -37,7 +37,8 @@ class Runner:
             self._limits = (attention.BLOCK_SCORES, attention.PADDED_BYTES)
         else:  # a GPU gets through any attention, and copies keys, faster than calls can be launched
             self._limits = (2**62, 64 * attention.PADDED_BYTES)
-        expected = self._probe_plain()
+        with warming_up(flag, BE):
+            expected = self._probe_plain()
         self._attention = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
         try:

@@ -247,6 +247,37 @@ def test_the_floor_is_what_best_effort_work_gets(policy, floor):
     assert share == pytest.approx(floor, rel=0.15, abs=0.002)
 
 
+def test_riders_are_owed_nothing():
+    """Best-effort rows in an urgent decode batch get on; a slice for them as well would be too much."""
+
+    def urgent_s(floor):
+        engine = VirtualEngine("priority", limits_of(be_floor=floor), cost=lambda batch: 0.01)
+        patient = best_effort(engine, 10, 60)
+        assert engine.run_until(lambda: len(patient.tokens) == 1, 1.0)
+        urgent, start_s = engine.submit(4, LS, 16), engine.clock.now
+        assert engine.run_until(lambda: not urgent.open, 5.0)
+        assert len(patient.tokens) > 10
+        return engine.clock.now - start_s
+
+    assert urgent_s(0.5) == pytest.approx(urgent_s(0.0))
+
+
+@pytest.mark.parametrize("policy", BY_CLASS)
+def test_no_arrears_for_the_time_without_memory(policy):
+    """What could not be given is not made up for at the cost of the next urgent request."""
+    engine = VirtualEngine(policy, limits_of(be_floor=0.5, kv_reserve=0), cost=lambda batch: 0.05)
+    first = engine.submit(10, LS, 90)
+    engine.settle()
+    patient, second = best_effort(engine, 40, 20), engine.submit(20, LS, 10)
+    assert engine.run_until(lambda: not first.open, 10.0)
+    assert first.finish_s > 4.0
+    assert patient.region is not None
+    assert engine.run_until(lambda: not second.open, 10.0)
+    # Two chunks of prompt and nine steps, as much again for the floor, and a slice and an iteration to wait.
+    assert second.finish_s - first.finish_s < 2 * 11 * 0.05 + 0.05 + 0.05
+    assert engine.drain(10.0)
+
+
 @pytest.mark.parametrize("policy", BY_CLASS)
 def test_no_slice_for_best_effort_work_that_cannot_run(policy):
     """Urgent work standing back for a request without memory would be time that nobody has."""
@@ -327,7 +358,7 @@ def test_iteration_level_policies_never_pause(policy):
 
 @pytest.mark.parametrize("policy", PREEMPTING)
 def test_a_hung_foreground_cannot_keep_best_effort_work_for_ever(policy):
-    engine = VirtualEngine(policy, limits_of(pause_timeout_s=5.0), cost=lambda batch: 1.0)
+    engine = VirtualEngine(policy, limits_of(pause_timeout_s=5.0, be_floor=0.5), cost=lambda batch: 1.0)
     first = best_effort(engine, 10, 3)
     engine.settle()
     urgent = engine.submit(10, LS, 3)
@@ -339,10 +370,14 @@ def test_a_hung_foreground_cannot_keep_best_effort_work_for_ever(policy):
     assert engine.run_until(lambda: not first.open and not later.open, 10.0)
     assert engine.clock.now < 5.0 + 8.0
     assert engine.flag.expired == 1
-    # It was only slow: what it did still counts, and its next iteration pauses again.
+    # It was only slow: what it did still counts, and its next iteration pauses again. Best-effort work is
+    # owed for the time of the pause, and not for the thousand seconds after it.
+    engine.advance(1000.0)
+    patient = best_effort(engine, 10, 60)
     engine.lanes[FOREGROUND].hung = False
-    patient = best_effort(engine, 10, 3)
-    assert engine.drain(100.0)
+    assert engine.run_until(lambda: not urgent.open, 20.0)
+    assert patient.open
+    assert engine.drain(200.0)
     assert urgent.state is patient.state is State.DONE
 
 

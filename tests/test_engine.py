@@ -63,6 +63,22 @@ def assert_same_logits(a: dict, b: dict) -> None:
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
+def test_kernels_are_loaded_before_a_lane_starts(model, monkeypatch):
+    """Loading one waits for the whole device, and so for work that is paused there."""
+    seen = []
+
+    def warm_up(hidden_states, gate_up_proj, *args, flag, priority, **options):
+        lanes = [thread.name for thread in threading.enumerate() if thread.name.startswith("qllm-")]
+        seen.append((gate_up_proj.shape, flag, priority, lanes))
+
+    monkeypatch.setattr("qllm_ops.models.experts.warm_up", warm_up)
+    with Engine(model, limits=LIMITS) as engine:
+        engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S)
+        # Once for all layers, as they are alike.
+        shape = (model.config.num_local_experts, 2 * model.config.intermediate_size, model.config.hidden_size)
+        assert seen == [(shape, engine.flag, BE, [])]
+
+
 # -- the same answer as transformers -------------------------------------------------------------------
 
 

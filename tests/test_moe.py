@@ -259,3 +259,14 @@ def test_the_flag_is_left_as_it_was():
     flag.share(0, 3)
     moe(**CASE.tensors(), flag=flag)
     assert flag.read() == (3, FULL)
+
+
+def test_warm_up_wants_what_moe_wants():
+    tensors = MoeCase(3, 8, 8, 2, 2).tensors()
+    assert qllm_ops.warm_up(**tensors, backend="torch") is None
+    with pytest.raises(ValueError, match="at least one token"):
+        qllm_ops.warm_up(**MoeCase(0, 8, 8, 2, 2).tensors())
+    with pytest.raises(ValueError, match="activation"):
+        qllm_ops.warm_up(**{**tensors, "activation": "relu"})
+    with pytest.raises(TypeError, match="flag"):
+        qllm_ops.warm_up(**tensors, flag=1)

@@ -225,10 +225,9 @@ def test_addresses_beyond_32_bits():
 
 def test_warm_up_leaves_nothing_to_compile():
     from qllm_ops.kernels import moe as kernels
-    from qllm_ops.triton_moe import warm_up
 
     flag = PriorityFlag("cuda")
-    warm_up(layer(1, 640, 320, 8, 2), flag)
+    triton_moe.warm_up(layer(1, 640, 320, 8, 2), flag)
     names = ("route", "gate_up", "down", "combine")
 
     def compiled():

@@ -21,10 +21,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
-from qllm_ops import PriorityFlag, moe, moe_reference
+from qllm_ops import PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
 from qllm_ops.tiles import INTERPRETER, TileConfig
-from qllm_ops.triton_moe import NO_LIMIT, TritonMoe, warm_up
+from qllm_ops.triton_moe import NO_LIMIT, TritonMoe
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -393,7 +393,10 @@ def test_memory_and_grids_do_not_depend_on_the_routing():
 
 def test_warm_up_computes_nothing_and_leaves_the_flag_alone():
     flag = PriorityFlag()
-    warm_up(layer(1, 8, 8, 2, 2), flag)
+    inputs = layer(1, 8, 8, 2, 2)
+    before = {name: value.clone() for name, value in vars(inputs).items() if name != "activation"}
+    assert warm_up(**vars(inputs), flag=flag, backend="triton") is None
+    assert all(torch.equal(getattr(inputs, name), value) for name, value in before.items())
     assert flag.read() == (2**31 - 1,) * 2
 
 
