@@ -36,8 +36,8 @@ MIN_ROWS, MAX_ROWS = 16, 640
 COMBINE_BYTES = 8 * 2**20
 """Bytes of pair outputs that one tile of the combine reads: about a millisecond."""
 
-GROUP_BYTES = 64 * 2**20
-"""Most weights of a group that joins experts with few rows: its tiles read memory for about 4 ms."""
+GROUP_BYTES = 96 * 2**20
+"""Most weights of a group that joins experts with few rows: its tiles read memory for 2 to 4 ms."""
 
 Block = tuple[int, int, int]
 """Expert, first row, one past the last row."""
