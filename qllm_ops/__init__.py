@@ -1,8 +1,9 @@
 """qllm-ops: Mixture-of-Experts operators that can be left at the next tile and taken up again."""
 
+from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
-from qllm_ops.moe import ACTIVATIONS, MoeRun, moe, moe_reference, warm_up
+from qllm_ops.moe import MoeRun, moe, moe_reference, warm_up
 
 __version__ = "0.1.0"
 
-__all__ = ["ACTIVATIONS", "FULL", "MoeRun", "PriorityFlag", "moe", "moe_reference", "warm_up"]
+__all__ = ["ACTIVATIONS", "FULL", "Activation", "MoeRun", "PriorityFlag", "moe", "moe_reference", "warm_up"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-"""Names of the activations: SiLU, GELU with the error function, GELU with the tanh approximation."""
+from qllm_ops.activation import AnyActivation, as_activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -18,13 +18,7 @@ INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class MoeInputs:
     """The arguments of one MoE layer, checked by :func:`check_inputs`: contiguous, on one device, detached.
 
-    Attributes:
-        hidden_states: (T, H), float32, bfloat16 or float16.
-        gate_up_proj: (E, 2I, H), the gate's rows before the up rows, dtype of hidden_states.
-        down_proj: (E, H, I), dtype of hidden_states.
-        top_k_index: (T, K), integer. A value outside [0, E) means that the pair is skipped.
-        top_k_weights: (T, K), floating point.
-        activation: one of ACTIVATIONS.
+    The attributes are the arguments of :func:`qllm_ops.moe`, which documents them.
     """
 
     hidden_states: Tensor
@@ -32,7 +26,13 @@ class MoeInputs:
     down_proj: Tensor
     top_k_index: Tensor
     top_k_weights: Tensor
-    activation: str
+    activation: AnyActivation
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gated: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    expert_norm: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +44,12 @@ class MoeInputs:
 
     @property
     def intermediate_size(self) -> int:
-        return self.down_proj.shape[2]
+        return self.down_proj.shape[1 if self.transposed else 2]
+
+    @property
+    def gate_up_size(self) -> int:
+        """Columns of the first product: 2I, or I without a gate."""
+        return self.gate_up_proj.shape[2 if self.transposed else 1]
 
     @property
     def num_experts(self) -> int:
@@ -61,13 +66,20 @@ def check_inputs(
     down_proj: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    activation: str = "silu",
+    activation: str | AnyActivation = "silu",
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    expert_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> MoeInputs:
     """Refuse what `moe` cannot compute, and return the rest in the form that the backends read.
 
-    The three small tensors (hidden_states, top_k_index, top_k_weights) are copied if they are not
-    contiguous. The weights are not: a copy of them could take gigabytes on every call, so weights
-    that are not contiguous are refused. No value is looked at, so a GPU is not waited for.
+    The small tensors (all but the two weights) are copied if they are not contiguous. The weights are
+    not: a copy of them could take gigabytes on every call, so weights that are not contiguous are
+    refused. No value is looked at, so a GPU is not waited for.
 
     Gradients are not recorded: every tensor is detached. Parameters may require a gradient.
 
@@ -76,14 +88,45 @@ def check_inputs(
         ValueError: shapes, dtypes or devices do not fit each other, weights are not contiguous,
             or the activation is unknown.
     """
-    ranks = {"hidden_states": 2, "gate_up_proj": 3, "down_proj": 3, "top_k_index": 2, "top_k_weights": 2}
-    layouts = ("(T, H)", "(E, 2I, H)", "(E, H, I)", "(T, K)", "(T, K)")
-    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    for (name, rank), layout, tensor in zip(ranks.items(), layouts, tensors, strict=True):
-        _check_tensor(name, tensor, rank, layout)
-    _check_dtypes(*tensors)
-    _check_shapes(*tensors)
-    for name, tensor in zip(ranks, tensors, strict=True):
+    for name, value in (("gated", gated), ("interleaved", interleaved), ("transposed", transposed)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if interleaved and not gated:
+        raise ValueError("interleaved must be False for experts without a gate (gated=False), got True")
+    if expert_norm is not None and not callable(expert_norm):
+        raise TypeError(f"expert_norm must be a function or None, got {type(expert_norm).__name__}")
+    columns = "2I" if gated else "I"
+    layouts = {
+        "hidden_states": "(T, H)",
+        "gate_up_proj": f"(E, H, {columns})" if transposed else f"(E, {columns}, H)",
+        "down_proj": "(E, I, H)" if transposed else "(E, H, I)",
+        "top_k_index": "(T, K)",
+        "top_k_weights": "(T, K)",
+    }
+    if gate_up_bias is not None:
+        layouts["gate_up_bias"] = f"(E, {columns})"
+    if down_bias is not None:
+        layouts["down_bias"] = "(E, H)"
+    tensors = {name: value for name, value in locals().items() if name in layouts}
+    for name, layout in layouts.items():
+        _check_tensor(name, tensors[name], layout)
+    _check_dtypes(**tensors)
+    inputs = MoeInputs(
+        hidden_states.detach().contiguous(),
+        gate_up_proj.detach(),
+        down_proj.detach(),
+        top_k_index.contiguous(),
+        top_k_weights.detach().contiguous(),
+        as_activation(activation),
+        None if gate_up_bias is None else gate_up_bias.detach().contiguous(),
+        None if down_bias is None else down_bias.detach().contiguous(),
+        gated,
+        interleaved,
+        transposed,
+        expert_norm,
+    )
+    _check_shapes(inputs, layouts)
+    for name, tensor in tensors.items():
         if tensor.device != hidden_states.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, but hidden_states is on {hidden_states.device}; "
@@ -95,29 +138,26 @@ def check_inputs(
                 f"{name} must be contiguous, got shape {tuple(weight.shape)} with strides {weight.stride()}; "
                 "call .contiguous() once when the weights are loaded (it copies them)"
             )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return MoeInputs(
-        hidden_states.detach().contiguous(),
-        gate_up_proj.detach(),
-        down_proj.detach(),
-        top_k_index.contiguous(),
-        top_k_weights.detach().contiguous(),
-        activation,
-    )
+    return inputs
 
 
-def _check_tensor(name: str, tensor: Tensor, rank: int, layout: str) -> None:
+def _check_tensor(name: str, tensor: Tensor, layout: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    rank = layout.count(",") + 1
     if tensor.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(tensor.shape)}")
 
 
 def _check_dtypes(
-    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    **biases: Tensor,
 ) -> None:
     if hidden_states.dtype not in DTYPES:
         raise TypeError(f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}")
@@ -128,38 +168,47 @@ def _check_dtypes(
             )
     if top_k_index.dtype not in INDEX_DTYPES:
         raise TypeError(f"top_k_index must be an integer tensor such as int64, got {top_k_index.dtype}")
-    if not top_k_weights.is_floating_point():
-        raise TypeError(f"top_k_weights must be a floating-point tensor, got {top_k_weights.dtype}")
+    for name, tensor in {"top_k_weights": top_k_weights, **biases}.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
-def _check_shapes(
-    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> None:
+def _check_shapes(x: MoeInputs, layouts: dict[str, str]) -> None:
+    hidden_states, gate_up_proj, down_proj = x.hidden_states, x.gate_up_proj, x.down_proj
     num_tokens, hidden_size = hidden_states.shape
-    num_experts, _, intermediate_size = down_proj.shape
+    num_experts, intermediate_size = x.num_experts, x.intermediate_size
     if min(hidden_size, num_experts, intermediate_size) < 1:
         raise ValueError(
-            "hidden_states (T, H) and down_proj (E, H, I) must have E, H and I of at least 1, "
+            f"hidden_states (T, H) and down_proj {layouts['down_proj']} must have E, H and I of at least 1, "
             f"got {tuple(hidden_states.shape)} and {tuple(down_proj.shape)}"
         )
-    if down_proj.shape[1] != hidden_size:
+    if down_proj.shape[2 if x.transposed else 1] != hidden_size:
         raise ValueError(
-            f"down_proj must be (E, H, I) with H = {hidden_size} as in hidden_states, "
+            f"down_proj must be {layouts['down_proj']} with H = {hidden_size} as in hidden_states, "
             f"got shape {tuple(down_proj.shape)}"
         )
-    wanted = (num_experts, 2 * intermediate_size, hidden_size)
+    columns = intermediate_size * (2 if x.gated else 1)
+    wanted = (num_experts, hidden_size, columns) if x.transposed else (num_experts, columns, hidden_size)
     if tuple(gate_up_proj.shape) != wanted:
         raise ValueError(
-            f"gate_up_proj must be (E, 2I, H) = {wanted} to fit down_proj {tuple(down_proj.shape)}, "
-            f"got shape {tuple(gate_up_proj.shape)}"
+            f"gate_up_proj must be {layouts['gate_up_proj']} = {wanted} to fit down_proj "
+            f"{tuple(down_proj.shape)}, got shape {tuple(gate_up_proj.shape)}"
         )
-    if top_k_index.shape[0] != num_tokens or top_k_index.shape[1] < 1:
+    if x.top_k_index.shape[0] != num_tokens or x.top_k_index.shape[1] < 1:
         raise ValueError(
             f"top_k_index must be (T, K) with T = {num_tokens} as in hidden_states and K >= 1, "
-            f"got shape {tuple(top_k_index.shape)}"
+            f"got shape {tuple(x.top_k_index.shape)}"
         )
-    if top_k_weights.shape != top_k_index.shape:
+    if x.top_k_weights.shape != x.top_k_index.shape:
         raise ValueError(
-            f"top_k_weights must have the shape of top_k_index, {tuple(top_k_index.shape)}, "
-            f"got {tuple(top_k_weights.shape)}"
+            f"top_k_weights must have the shape of top_k_index, {tuple(x.top_k_index.shape)}, "
+            f"got {tuple(x.top_k_weights.shape)}"
         )
+    for name, bias, size in (
+        ("gate_up_bias", x.gate_up_bias, columns), ("down_bias", x.down_bias, hidden_size),
+    ):  # fmt: skip
+        if bias is not None and tuple(bias.shape) != (num_experts, size):
+            raise ValueError(
+                f"{name} must be {layouts[name]} = {(num_experts, size)} to fit gate_up_proj and down_proj, "
+                f"got shape {tuple(bias.shape)}"
+            )

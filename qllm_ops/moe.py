@@ -6,17 +6,16 @@ import functools
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
-from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
+from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.torch_moe import TorchMoe
-
-__all__ = ["ACTIVATIONS", "MoeRun", "moe", "moe_reference", "warm_up"]
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -28,7 +27,13 @@ def moe(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    activation: str = "silu",
+    activation: str | AnyActivation = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    expert_norm: Callable[[Tensor], Tensor] | None = None,
     flag: PriorityFlag | None = None,
     priority: int = 0,
     backend: str = "auto",
@@ -48,7 +53,18 @@ def moe(
         down_proj: (E, H, I), contiguous, dtype of hidden_states.
         top_k_index: (T, K), any integer dtype. A value outside [0, E) means "not here": skipped.
         top_k_weights: (T, K), any floating-point dtype.
-        activation: "silu", "gelu" (error function) or "gelu_tanh".
+        activation: "silu", "gelu" (error function), "gelu_tanh", "relu", "relu2", or an
+            :class:`qllm_ops.Activation` with the clamps that some models add. Or a function from
+            (rows, 2I), in the layout of gate_up_proj, to (rows, I), on float32: right, but not fused, and
+            not left halfway; it must treat every row alike.
+        gate_up_bias: (E, 2I), added to the first product; any floating-point dtype.
+        down_bias: (E, H), added to the second one before it is weighted.
+        gated: False: gate_up_proj is (E, I, H) and its product is only activated (Nemotron-H).
+        interleaved: gate_up_proj's rows alternate, gate 0, up 0, gate 1, up 1, ... (gpt-oss), and so does
+            gate_up_bias.
+        transposed: the weights are (E, H, 2I) and (E, I, H) (gpt-oss).
+        expert_norm: a function from (rows, H) to (rows, H), on float32, applied to each expert's output
+            before it is weighted. Not fused; it must treat every row alike.
         flag: whose word for ``priority`` pauses the layer between tiles; None for never.
         priority: class of this work, 0 to flag.classes - 1.
         backend: "torch" (any device), "triton" (CUDA; CPU only under TRITON_INTERPRET=1), or "auto":
@@ -60,7 +76,20 @@ def moe(
     Raises:
         TypeError, ValueError: an argument is refused; the message names it.
     """
-    inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+    inputs = check_inputs(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        activation,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        gated=gated,
+        interleaved=interleaved,
+        transposed=transposed,
+        expert_norm=expert_norm,
+    )
     check_flag(flag, priority, inputs.hidden_states.device)
     layer = _backend_class(_choose(backend, inputs))(inputs, flag, priority)
     if flag is None and hasattr(layer, "launch_all"):
@@ -92,12 +121,12 @@ class MoeRun:
         top_k_index: Tensor,
         top_k_weights: Tensor,
         *,
-        activation: str = "silu",
         flag: PriorityFlag | None = None,
         priority: int = 0,
         backend: str = "auto",
+        **experts: Any,
     ):
-        inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+        inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, **experts)
         check_flag(flag, priority, inputs.hidden_states.device)
         self.backend = _choose(backend, inputs)
         # Buffers made in inference mode could not be written by a step from outside of it.
@@ -166,10 +195,10 @@ def warm_up(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    activation: str = "silu",
     flag: PriorityFlag | None = None,
     priority: int = 0,
     backend: str = "auto",
+    **experts: Any,
 ) -> None:
     """Compile and load every kernel that calls of :func:`moe` like this one need, whatever their T.
 
@@ -177,7 +206,7 @@ def warm_up(
     are loaded as well. Loading a kernel waits for the whole device, paused work included: so do it
     before anything is paused. Nothing to do for the torch backend.
     """
-    inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation)
+    inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
     if inputs.num_tokens == 0:
         raise ValueError("hidden_states must hold at least one token to warm up with, got T = 0")
@@ -192,17 +221,39 @@ def moe_reference(
     down_proj: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    activation: str = "silu",
+    activation: str | AnyActivation = "silu",
+    **experts: Any,
 ) -> Tensor:
     """The same as :func:`moe`, one token and one expert at a time in float32. Slow, to check by eye."""
-    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    x = check_inputs(
+        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation, **experts
+    )
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     with torch.no_grad():
         for t, k in torch.cartesian_prod(*(torch.arange(n) for n in top_k_index.shape)).tolist():
-            expert = int(top_k_index[t, k])
-            if 0 <= expert < gate_up_proj.shape[0]:
-                gate, up = (gate_up_proj[expert].float() @ hidden_states[t].float()).chunk(2)
-                output[t] += top_k_weights[t, k].float() * (down_proj[expert].float() @ (act(gate) * up))
+            e = int(top_k_index[t, k])
+            if not 0 <= e < x.num_experts:
+                continue
+            first, second = x.gate_up_proj[e].float(), x.down_proj[e].float()
+            if x.transposed:
+                first, second = first.T, second.T
+            gate_up = first @ x.hidden_states[t].float()
+            if x.gate_up_bias is not None:
+                gate_up += x.gate_up_bias[e].float()
+            if not isinstance(x.activation, Activation):
+                gated = x.activation(gate_up[None])[0]
+            elif not x.gated:
+                gated = x.activation(None, gate_up)
+            elif x.interleaved:
+                gated = x.activation(gate_up[::2], gate_up[1::2])
+            else:
+                gated = x.activation(*gate_up.chunk(2))
+            down = second @ gated
+            if x.down_bias is not None:
+                down += x.down_bias[e].float()
+            if x.expert_norm is not None:
+                down = x.expert_norm(down[None])[0]
+            output[t] += x.top_k_weights[t, k].float() * down
     return output.to(hidden_states.dtype)
 
 

@@ -29,14 +29,43 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
-from qllm_ops.moe import ACTIVATIONS, moe_reference
+from qllm_ops.moe import moe_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ROUTINGS = ("distinct", "any", "one_expert", "empty_expert", "out_of_range")
 """How `MoeCase` fills top_k_index: K different experts per token (what routers do); any K experts, repeats
 included; all tokens on one expert; all but one expert; and some indices below 0 or from E on."""
+
+
+LAYOUTS = {
+    # what `moe` is told of gate_up_proj and down_proj
+    "concatenated": {},
+    "interleaved": {"interleaved": True},
+    "transposed": {"transposed": True},
+    "transposed_interleaved": {"transposed": True, "interleaved": True},
+    "ungated": {"gated": False},
+    "ungated_transposed": {"gated": False, "transposed": True},
+}
+
+CLAMPED = (
+    # gpt-oss, DeepSeek-V4; the limits bite on numbers of the size that `MoeCase` makes.
+    Activation("silu", alpha=1.702, limit=0.7, up_offset=1.0),
+    Activation("silu", limit=0.5),
+)
+
+
+def own_gate(gate_up: Tensor) -> Tensor:
+    """An activation that no kernel fuses, (rows, 2I) to (rows, I)."""
+    return torch.tanh(gate_up[:, ::2]) * gate_up[:, 1::2]
+
+
+def own_norm(rows: Tensor) -> Tensor:
+    """A norm of each expert's output, (rows, H)."""
+    wide = rows.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 0.1)).to(rows.dtype)
 
 
 class Run(Protocol):
@@ -64,14 +93,17 @@ class MoeCase:
     num_experts: int
     top_k: int
     dtype: torch.dtype = torch.float32
-    activation: str = "silu"
+    activation: str | Activation | Callable[[Tensor], Tensor] = "silu"
+    layout: str = "concatenated"
+    biases: bool = False
+    expert_norm: Callable[[Tensor], Tensor] | None = None
     routing: str = "distinct"
     index_dtype: torch.dtype = torch.int64
     weights_dtype: torch.dtype = torch.float32
     seed: int = 0
 
     def tensors(self, device: str | torch.device = "cpu") -> dict[str, Any]:
-        """The arguments of `qllm_ops.moe`, `activation` included. The same at every call."""
+        """The arguments of `qllm_ops.moe`, other than defaults. The same at every call."""
         draw = torch.Generator().manual_seed(self.seed)
         t, h, i, e, k = (
             self.num_tokens, self.hidden_size, self.intermediate_size, self.num_experts, self.top_k,
@@ -80,15 +112,24 @@ class MoeCase:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, generator=draw) * scale).to(device, self.dtype)
 
-        return {
+        layout = LAYOUTS[self.layout]
+        columns = 2 * i if layout.get("gated", True) else i
+        turned = layout.get("transposed", False)
+        tensors = {
             "hidden_states": normal(t, h),
-            "gate_up_proj": normal(e, 2 * i, h, scale=h**-0.5),
-            "down_proj": normal(e, h, i, scale=i**-0.5),
+            "gate_up_proj": normal(e, *((h, columns) if turned else (columns, h)), scale=h**-0.5),
+            "down_proj": normal(e, *((i, h) if turned else (h, i)), scale=i**-0.5),
             "top_k_index": self._index(draw).to(device, self.index_dtype),
             # Some models have negative weights, and they need not sum to 1.
             "top_k_weights": (torch.rand(t, k, generator=draw) - 0.25).to(device, self.weights_dtype),
             "activation": self.activation,
+            **layout,
         }
+        if self.biases:
+            tensors |= {"gate_up_bias": normal(e, columns), "down_bias": normal(e, h)}
+        if self.expert_norm is not None:
+            tensors["expert_norm"] = self.expert_norm
+        return tensors
 
     def _index(self, draw: torch.Generator) -> Tensor:
         shape, e = (self.num_tokens, self.top_k), self.num_experts
@@ -118,6 +159,8 @@ def moe_cases(
     num_experts = draw(st.integers(1, max_experts))
     routing = draw(st.sampled_from(ROUTINGS))
     most = num_experts if routing == "distinct" else num_experts + 2
+    layout = draw(st.sampled_from(sorted(LAYOUTS)))
+    activations = (*ACTIVATIONS, *CLAMPED, torch.tanh if "ungated" in layout else own_gate)
     return MoeCase(
         num_tokens=draw(st.integers(0, max_tokens)),
         hidden_size=draw(st.integers(1, max_size)),
@@ -125,7 +168,10 @@ def moe_cases(
         num_experts=num_experts,
         top_k=draw(st.integers(1, most)),
         dtype=draw(st.sampled_from(dtypes)),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        activation=draw(st.sampled_from(activations)),
+        layout=layout,
+        biases=draw(st.booleans()),
+        expert_norm=draw(st.sampled_from((None, None, own_norm))),
         routing=routing,
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
         weights_dtype=draw(st.sampled_from(DTYPES)),

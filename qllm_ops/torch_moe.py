@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qllm_ops.activation import Activation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs
 
@@ -88,6 +89,9 @@ class TorchMoe:
         self._flag = flag
         self._word = None if flag is None else flag.words[priority]
         self._can_group = can_group(inputs)
+        # As the right factor of a product: (E, H, 2I) and (E, I, H).
+        weights = (inputs.gate_up_proj, inputs.down_proj)
+        self._right = weights if inputs.transposed else tuple(weight.mT for weight in weights)
         self._route()
         self._output = torch.empty_like(inputs.hidden_states)
 
@@ -124,7 +128,7 @@ class TorchMoe:
         ordered, pair = torch.sort(experts, stable=True)
         edges = torch.arange(x.num_experts + 1, device=experts.device)
         edges = torch.searchsorted(ordered, edges, out_int32=True)
-        self._ends, edges = edges[1:], edges.tolist()
+        self._experts, self._ends, edges = ordered, edges[1:], edges.tolist()
         self._token = pair // x.top_k
         # slot[t * K + k] is the row at which the pair (t, k) is computed.
         slot = torch.empty_like(pair)
@@ -144,7 +148,7 @@ class TorchMoe:
         self._combines = split(0, x.num_tokens, max(1, COMBINE_BYTES // (4 * x.top_k * x.hidden_size)))
         rows = max((group[-1][2] - group[0][1] for group in self._groups), default=0)
         self._x = self._new(rows, x.hidden_size)
-        self._gate_up = self._new(rows, 2 * x.intermediate_size)
+        self._gate_up = self._new(rows, x.gate_up_size)
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.inputs.hidden_states.device)
@@ -165,28 +169,33 @@ class TorchMoe:
             torch.index_select(hidden_states, 0, self._token[start:stop], out=x)
         else:
             x.copy_(hidden_states.index_select(0, self._token[start:stop]))
-        gate_up = self._multiply(x, self.inputs.gate_up_proj, group, self._gate_up[: stop - start])
-        gate, up = gate_up.chunk(2, dim=1)
-        self._gated = activate_(gate, self.inputs.activation).mul_(up)
+        out = self._gate_up[: stop - start]
+        gate_up = self._multiply(x, self._right[0], self.inputs.gate_up_bias, group, out)
+        self._gated = activate_(gate_up, self.inputs)
 
     def _down(self, group: list[Block]) -> None:
-        """One group from `_gated` to its rows of `_pair_out`."""
+        """One group from there to its rows of `_pair_out`."""
         out = self._pair_out[group[0][1] : group[-1][2]]
-        down = self._multiply(self._gated, self.inputs.down_proj, group, out)
+        down = self._multiply(self._gated, self._right[1], self.inputs.down_bias, group, out)
+        if self.inputs.expert_norm is not None:
+            down = checked("expert_norm", self.inputs.expert_norm(down), down.shape)
         if down is not out:
             out.copy_(down)
 
-    def _multiply(self, x: Tensor, weight: Tensor, group: list[Block], out: Tensor) -> Tensor:
-        """x @ weight[expert].mT for every block's rows and expert: in ``out``, or in a new tensor."""
-        (first, begin, _), (last, _, _) = group[0], group[-1]
+    def _multiply(
+        self, x: Tensor, right: Tensor, bias: Tensor | None, group: list[Block], out: Tensor
+    ) -> Tensor:
+        """x @ right[expert] + bias[expert] for every block's rows: in ``out``, or in a new tensor."""
+        (first, begin, _), (last, _, end) = group[0], group[-1]
         # One call for many experts, but it also spends some time on those between them that have no rows.
         if self._can_group and 2 * len(group) > last - first + 5:
             ends = (self._ends[first : last + 1] - begin).clamp_(max=len(x))
-            return F.grouped_mm(x, weight[first : last + 1].mT, offs=ends)
-        for expert, start, stop in group:
-            rows = slice(start - begin, stop - begin)
-            torch.mm(x[rows], weight[expert].float().mT, out=out[rows])
-        return out
+            out = F.grouped_mm(x, right[first : last + 1], offs=ends)
+        else:
+            for expert, start, stop in group:
+                rows = slice(start - begin, stop - begin)
+                torch.mm(x[rows], right[expert].float(), out=out[rows])
+        return out if bias is None else out.add_(bias.index_select(0, self._experts[begin:end]))
 
     def _combine(self, start: int, stop: int) -> None:
         """Rows start..stop of the output: the weighted sum over k, in order, in float32."""
@@ -206,12 +215,34 @@ def can_group(inputs: MoeInputs) -> bool:
         hasattr(F, "grouped_mm")
         and inputs.hidden_states.device.type == "cpu"
         and inputs.hidden_states.dtype == torch.float32
-        and all(weight.shape[2] % 4 == 0 and weight.data_ptr() % 16 == 0 for weight in weights)
+        and inputs.hidden_size % 4 == inputs.intermediate_size % 4 == 0
+        and all(weight.data_ptr() % 16 == 0 for weight in weights)
     )
 
 
-def activate_(gate: Tensor, activation: str) -> Tensor:
-    """Apply the activation in place."""
-    if activation == "silu":
-        return F.silu(gate, inplace=True)
-    return torch.ops.aten.gelu_(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+def activate_(gate_up: Tensor, inputs: MoeInputs) -> Tensor:
+    """What goes into the second product, (rows, I). Overwrites ``gate_up``."""
+    activation = inputs.activation
+    if not isinstance(activation, Activation):
+        shape = (len(gate_up), inputs.intermediate_size)
+        return checked("activation", activation(gate_up), shape).float()
+    if not inputs.gated:
+        return activation(None, gate_up)
+    if inputs.interleaved:
+        # As an Activation is defined, not in place: the halves are not contiguous.
+        return activation(gate_up[:, ::2], gate_up[:, 1::2])
+    gate, up = gate_up.chunk(2, dim=1)
+    if not activation.plain or activation.kind in ("relu", "relu2"):
+        return activation(gate, up)
+    if activation.kind == "silu":
+        return F.silu(gate, inplace=True).mul_(up)
+    approximate = "tanh" if activation.kind == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_(gate, approximate=approximate).mul_(up)
+
+
+def checked(name: str, result: object, shape: tuple[int, ...]) -> Tensor:
+    """What a user's function returned, if it has the shape that it must have."""
+    if not isinstance(result, Tensor) or result.shape != shape:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"{name} must return a tensor of shape {tuple(shape)}, got {got}")
+    return result

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import triton
 
+from qllm_ops.activation import Activation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs
 from qllm_ops.kernels import moe as kernels
 from qllm_ops.tiles import TileConfig, arch_of, layer_configs, token_counts
+from qllm_ops.torch_moe import checked
 
 NO_LIMIT = 2**31 - 1
 
@@ -49,6 +52,11 @@ class TritonMoe:
             dtype=inputs.hidden_states.dtype,
             arch=arch_of(self.device),
         )
+        if inputs.expert_norm is not None:  # It is a norm of the whole sum.
+            self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
+        self._own_activation = not isinstance(inputs.activation, Activation)
+        self._stages = self._cut_into_stages()
+        self._applied: set[str] = set()
         self._flag = flag
         self._word = None if flag is None else flag.words[priority:]
         # What the host knows about the phases; totals are None until the device was asked.
@@ -99,8 +107,11 @@ class TritonMoe:
             if self._overdrawn:
                 # Tickets that were drawn beyond the quantum go back.
                 self._state[:3].copy_(self._state[3:6])
-            self._launch(limits)
-            self._read(limits)
+            for phases, apply in self._stages:
+                self._launch(limits, phases)
+                self._read(limits)
+                if apply is not None and not self._apply(phases[-1], apply):
+                    break
         return self._done == self._totals
 
     def launch_all(self) -> None:
@@ -112,7 +123,10 @@ class TritonMoe:
             self._unread = True
             with self._on_device():
                 self._catch_up()
-                self._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT), poll=False)
+                for phases, apply in self._stages:
+                    self._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT), phases, poll=False)
+                    if apply is not None:
+                        apply()
                 self._mark()
 
     @property
@@ -138,6 +152,39 @@ class TritonMoe:
     def output(self) -> torch.Tensor:
         return self._output
 
+    # -- what the kernels do not compute ---------------------------------------------------------
+
+    def _cut_into_stages(self) -> list[tuple[tuple[int, ...], Callable[[], None] | None]]:
+        """Phases that are launched together, and what is done by torch when they are finished."""
+        stages: list[tuple[tuple[int, ...], Callable[[], None] | None]] = []
+        phases = [0]
+        if self._own_activation:
+            stages.append((tuple(phases), self._activate))
+            phases = []
+        phases.append(1)
+        if self.inputs.expert_norm is not None:
+            stages.append((tuple(phases), self._norm))
+            phases = []
+        return [*stages, ((*phases, 2), None)]
+
+    def _apply(self, phase: int, apply: Callable[[], None]) -> bool:
+        """Once the phase is finished, once; False while it is not."""
+        if self._done[phase] < self._totals[phase]:
+            return False
+        if apply.__name__ not in self._applied:
+            apply()
+            self._applied.add(apply.__name__)
+        return True
+
+    def _activate(self) -> None:
+        gated = self.inputs.activation(self._intermediate)
+        gated = checked("activation", gated, (self._pairs, self.inputs.intermediate_size))
+        self._intermediate = gated.to(self._output.dtype).contiguous()
+
+    def _norm(self) -> None:
+        rows = self._partial[0]
+        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape))
+
     # -- before the first launch -----------------------------------------------------------------
 
     def _allocate(self) -> None:
@@ -145,8 +192,14 @@ class TritonMoe:
         new = functools.partial(torch.empty, dtype=x.hidden_states.dtype, device=self.device)
         self._output = torch.empty_like(x.hidden_states)
         self._pairs = x.num_tokens * x.top_k
-        self._intermediate = new(self._pairs, x.intermediate_size)
-        self._partial = new(self.tiles["down"].split_k, self._pairs, x.hidden_size)
+        if self._own_activation:
+            # The whole first product, not yet rounded: a fused activation comes before that, too.
+            self._intermediate = new(self._pairs, x.gate_up_size, dtype=torch.float32)
+        else:
+            self._intermediate = new(self._pairs, x.intermediate_size)
+        # As before a fused activation, nothing is rounded before a norm of the experts' outputs.
+        dtype = x.hidden_states.dtype if x.expert_norm is None else torch.float32
+        self._partial = new(self.tiles["down"].split_k, self._pairs, x.hidden_size, dtype=dtype)
         self._state = new(9 + 3 * (x.num_experts + 1), dtype=torch.int32)
 
     def _route(self) -> None:
@@ -160,7 +213,7 @@ class TritonMoe:
             self._state,
             self._pairs,
             x.num_experts,
-            triton.cdiv(x.intermediate_size, tiles["gate_up"].block_n),
+            triton.cdiv(x.gate_up_size, 2 * tiles["gate_up"].block_n),
             triton.cdiv(x.hidden_size, tiles["down"].block_n) * tiles["down"].split_k,
             triton.cdiv(x.hidden_size, tiles["combine"].block_n) * combine,
             GATE_UP_M=tiles["gate_up"].block_m,
@@ -172,8 +225,8 @@ class TritonMoe:
 
     # -- launching -------------------------------------------------------------------------------
 
-    def _launch(self, limits: tuple[int, int, int], poll: bool = True) -> None:
-        """Enqueue every phase that has a tile below its limit."""
+    def _launch(self, limits: tuple[int, int, int], phases: tuple[int, ...], poll: bool = True) -> None:
+        """Enqueue each of the phases that has a tile below its limit."""
         x = self.inputs
         word = self._word if poll else None
         run = {
@@ -184,38 +237,36 @@ class TritonMoe:
             "num_experts": x.num_experts,
             "hidden_size": x.hidden_size,
         }
-        products = {
-            "order_ptr": self._order,
-            "intermediate_size": x.intermediate_size,
-            "BLOCK_E": self._block_e,
-        }
-        if limits[0] > self._done[0]:
+        products = {"order_ptr": self._order, "BLOCK_E": self._block_e}
+        if 0 in phases and limits[0] > self._done[0]:
             kernels.gate_up[self._grid("gate_up")](
                 x.hidden_states,
                 x.gate_up_proj,
-                self._intermediate,
+                intermediate_ptr=self._intermediate,
                 limit=limits[0],
                 top_k=x.top_k,
-                ACTIVATION=x.activation,
+                weight_rows=x.gate_up_size,
+                **self._activation(),
                 **run,
                 **products,
-                **self._loop("gate_up", x.hidden_size),
+                **self._weights("gate_up", x.gate_up_size, x.hidden_size, x.gate_up_bias),
                 **self._block("gate_up"),
             )
-        if limits[1] > self._done[1]:
+        if 1 in phases and limits[1] > self._done[1]:
             kernels.down[self._grid("down")](
                 self._intermediate,
                 x.down_proj,
-                self._partial,
+                partial_ptr=self._partial,
                 limit=limits[1],
                 num_pairs=self._pairs,
+                intermediate_size=x.intermediate_size,
                 SPLIT_K=self.tiles["down"].split_k,
                 **run,
                 **products,
-                **self._loop("down", x.intermediate_size),
+                **self._weights("down", x.hidden_size, x.intermediate_size, x.down_bias),
                 **self._block("down"),
             )
-        if limits[2] > self._done[2]:
+        if 2 in phases and limits[2] > self._done[2]:
             kernels.combine[self._grid("combine")](
                 self._partial,
                 x.top_k_index,
@@ -235,10 +286,38 @@ class TritonMoe:
         compiled = {"num_warps": config.num_warps, "enable_fp_fusion": True}
         return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **compiled}
 
-    def _loop(self, phase: str, length: int) -> dict[str, int | bool]:
-        config = self.tiles[phase]
-        even = length % config.block_k == 0
-        return {"BLOCK_K": config.block_k, "STAGES": config.num_stages, "EVEN": even}
+    def _weights(self, phase: str, rows: int, length: int, bias: torch.Tensor | None) -> dict[str, object]:
+        """How a phase reads an expert's (rows, length) weights."""
+        config, transposed = self.tiles[phase], self.inputs.transposed
+        tile_rows = config.block_n * (2 if phase == "gate_up" else 1)
+        halves = phase == "gate_up" and self._pairing() == "halves"
+        return {
+            "bias_ptr": self._state if bias is None else bias,
+            "HAS_BIAS": bias is not None,
+            "row_stride": 1 if transposed else length,
+            "k_stride": rows if transposed else 1,
+            # A row that does not exist is left out where rows are contiguous, so that 16 bytes of them can be
+            # loaded at once; elsewhere another row is read in its place, which needs no mask.
+            "MASKED": transposed and not halves and rows % tile_rows != 0,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.num_stages,
+            "EVEN": length % config.block_k == 0,
+        }
+
+    def _pairing(self) -> str:
+        if self._own_activation or not self.inputs.gated:
+            return "none"
+        return "alternating" if self.inputs.interleaved else "halves"
+
+    def _activation(self) -> dict[str, object]:
+        act = Activation("silu") if self._own_activation else self.inputs.activation
+        return {
+            "ACTIVATION": "none" if self._own_activation else act.kind,
+            "ALPHA": float(act.alpha),
+            "LIMIT": None if act.limit is None else float(act.limit),
+            "UP_OFFSET": float(act.up_offset),
+            "PAIRS": self._pairing(),
+        }
 
     def _grid(self, phase: str) -> tuple[int]:
         """Programs of a launch: as many as stay resident, or as tiles there may be. From T only."""
@@ -248,7 +327,7 @@ class TritonMoe:
         else:
             # Full blocks, and at most one more for each expert that has a row.
             row_blocks = self._pairs // config.block_m + min(x.num_experts, self._pairs)
-            columns = x.intermediate_size if phase == "gate_up" else x.hidden_size
+            columns = triton.cdiv(x.gate_up_size, 2) if phase == "gate_up" else x.hidden_size
         tiles = row_blocks * triton.cdiv(columns, config.block_n) * config.split_k
         return (min(tiles, config.programs_per_sm * multiprocessors(self.device)),)
 

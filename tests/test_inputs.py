@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import qllm_ops
-from qllm_ops.inputs import ACTIVATIONS, INDEX_DTYPES, check_inputs
+from qllm_ops import ACTIVATIONS, Activation
+from qllm_ops.inputs import INDEX_DTYPES, check_inputs
 from qllm_ops.testing import MoeCase
 
 T, H, I, E, K = 5, 8, 6, 4, 2  # noqa: E741
@@ -57,8 +58,18 @@ BAD = [
     ("top_k_weights", zeros(T, K, dtype=torch.bool), TypeError, ["bool"]),
     ("top_k_weights", zeros(T, K + 1), ValueError, ["(5, 2)", "(5, 3)"]),
     ("top_k_weights", zeros(K, T), ValueError, ["(5, 2)", "(2, 5)"]),
-    ("activation", "relu", ValueError, ["silu, gelu, gelu_tanh", "'relu'"]),
-    ("activation", None, ValueError, ["None"]),
+    ("activation", "swish", ValueError, ["silu, gelu, gelu_tanh", "'swish'"]),
+    ("activation", None, TypeError, ["silu", "NoneType"]),
+    ("gate_up_bias", zeros(E, I), ValueError, ["(E, 2I)", "(4, 12)", "(4, 6)"]),
+    ("gate_up_bias", zeros(2 * I), ValueError, ["2 dimensions", "(12,)"]),
+    ("gate_up_bias", zeros(E, 2 * I, dtype=torch.int64), TypeError, ["floating-point", "int64"]),
+    ("gate_up_bias", 1.0, TypeError, ["(E, 2I)", "float"]),
+    ("down_bias", zeros(E, I), ValueError, ["(E, H)", "(4, 8)", "(4, 6)"]),
+    ("down_bias", torch.zeros(E, H, device="meta"), ValueError, ["meta", "cpu"]),
+    ("transposed", 1, TypeError, ["True or False", "1"]),
+    ("interleaved", None, TypeError, ["True or False", "None"]),
+    ("gated", "no", TypeError, ["True or False", "'no'"]),
+    ("expert_norm", 1, TypeError, ["function", "int"]),
     *(
         (name, torch.zeros(shape, dtype=dtype, device="meta"), ValueError, ["meta", "cpu"])
         for name, shape, dtype in (
@@ -146,4 +157,42 @@ def test_inputs_know_their_sizes():
         inputs.num_tokens, inputs.hidden_size, inputs.intermediate_size, inputs.num_experts, inputs.top_k,
     )  # fmt: skip
     assert sizes == (T, H, I, E, K)
-    assert inputs.activation == "gelu"
+    assert inputs.activation == Activation("gelu")
+    assert inputs.gate_up_size == 2 * I
+    turned = {name: tensors()[name].mT.contiguous() for name in ("gate_up_proj", "down_proj")}
+    inputs = check_inputs(**{**tensors(), **turned}, transposed=True)
+    assert (inputs.intermediate_size, inputs.gate_up_size) == (I, 2 * I)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"transposed": True}, ["down_proj", "(E, I, H)", "H = 8"]),
+        ({"gated": False}, ["gate_up_proj", "(E, I, H)", "(4, 6, 8)", "(4, 12, 8)"]),
+        ({"gated": False, "interleaved": True}, ["interleaved", "gated=False"]),
+        (
+            {"gate_up_proj": zeros(E, I, H), "gated": False, "gate_up_bias": zeros(E, 2 * I)},
+            ["(E, I)", "(4, 12)"],
+        ),
+    ],
+)
+def test_layouts_that_the_weights_do_not_have(changes, words):
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        check_inputs(**{**tensors(), **changes})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "tanh"}, "silu, gelu, gelu_tanh, relu, relu2, got 'tanh'"),
+        ({"kind": "gelu", "alpha": 2.0}, "alpha belongs to .silu., got 2.0"),
+        ({"kind": "silu", "alpha": float("nan")}, "finite, got nan"),
+        ({"kind": "silu", "limit": 0.0}, "limit must be positive or None, got 0.0"),
+        ({"kind": "silu", "limit": float("nan")}, "limit must be positive"),
+    ],
+)
+def test_bad_activations(options, words):
+    with pytest.raises(ValueError, match=words):
+        Activation(**options)

@@ -10,8 +10,18 @@ import torch
 from hypothesis import given
 
 import qllm_ops
-from qllm_ops import ACTIVATIONS, FULL, MoeRun, PriorityFlag, moe, moe_reference
-from qllm_ops.testing import MoeCase, assert_close, assert_same_bits, moe_cases, poisoned_empty
+from qllm_ops import ACTIVATIONS, FULL, Activation, MoeRun, PriorityFlag, moe, moe_reference
+from qllm_ops.testing import (
+    CLAMPED,
+    LAYOUTS,
+    MoeCase,
+    assert_close,
+    assert_same_bits,
+    moe_cases,
+    own_gate,
+    own_norm,
+    poisoned_empty,
+)
 
 CASE = MoeCase(40, 16, 12, 4, 2)
 BACKENDS = ["torch"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
@@ -39,11 +49,70 @@ def test_reference_against_dense_algebra(activation):
     x, w1, w2, index, weights, _ = given.values()
     act = {
         "silu": torch.nn.SiLU(), "gelu": torch.nn.GELU(), "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+        "relu": torch.nn.ReLU(), "relu2": lambda x: torch.nn.functional.relu(x) ** 2,
     }[activation]  # fmt: skip
     gate, up = torch.einsum("th,eih->tei", x, w1).chunk(2, dim=2)
     each = torch.einsum("tei,ehi->teh", act(gate) * up, w2)
     share = torch.zeros(11, 3).scatter_add_(1, index, weights)
     assert torch.allclose(moe_reference(**given), torch.einsum("te,teh->th", share, each), atol=1e-5)
+
+
+def test_reference_of_gpt_oss_by_hand():
+    """Its experts as transformers writes them: interleaved, transposed, with biases, clamped."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+    config = GptOssConfig(hidden_size=12, intermediate_size=7, num_local_experts=3, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    experts = GptOssExperts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, index, weights = torch.randn(9, 12) * 3, torch.randint(3, (9, 2)), torch.rand(9, 2)
+    index[:, 1] = (index[:, 0] + 1) % 3  # eager takes an expert once per token
+    tensors = (x, experts.gate_up_proj, experts.down_proj, index, weights)
+    options = {
+        "gate_up_bias": experts.gate_up_proj_bias, "down_bias": experts.down_proj_bias,
+        "interleaved": True, "transposed": True,
+        "activation": Activation("silu", alpha=1.702, limit=7.0, up_offset=1.0),
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = type(experts).forward.__wrapped__(experts, x, index, weights)
+    assert torch.allclose(moe_reference(*tensors, **options), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(moe(*tensors, **options), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("expert_norm", [None, own_norm])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *CLAMPED, "function"], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_layout(backend, layout, activation, expert_norm):
+    if activation == "function":
+        activation = torch.tanh if "ungated" in layout else own_gate
+    for dtype, biases in ((torch.float32, True), (torch.bfloat16, False)):
+        case = MoeCase(
+            7, 18, 14, 3, 2, dtype=dtype, activation=activation, layout=layout, biases=biases,
+            expert_norm=expert_norm, routing="out_of_range",
+        )  # fmt: skip
+        with poisoned_empty():
+            expected = moe(**case.tensors(), backend=backend)
+            assert_close(expected, case)
+            run = MoeRun(**case.tensors(), backend=backend)
+            while not run.step(3):
+                assert run.tiles_taken == run.tiles_done
+        assert_same_bits(run.output, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"activation": lambda x: x}, ValueError, r"activation must return .* \(.*, 12\), got \(.*, 24\)"),
+        ({"activation": lambda x: None}, ValueError, "activation must return .* got NoneType"),
+        ({"expert_norm": lambda x: x[:, :1]}, ValueError, r"expert_norm must return .* 16\), got \(.*, 1\)"),
+    ],
+)
+def test_functions_that_return_something_else(backend, changes, error, words):
+    with pytest.raises(error, match=words):
+        moe(**{**CASE.tensors(), **changes}, backend=backend)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -66,7 +135,7 @@ def test_inputs_are_not_changed(case):
     given = case.tensors()
     moe(**given)
     for name, value in case.tensors().items():
-        if name != "activation":
+        if isinstance(value, torch.Tensor):
             assert_same_bits(given[name], value) if value.is_floating_point() else None
             assert torch.equal(given[name], value)
 
@@ -267,6 +336,6 @@ def test_warm_up_wants_what_moe_wants():
     with pytest.raises(ValueError, match="at least one token"):
         qllm_ops.warm_up(**MoeCase(0, 8, 8, 2, 2).tensors())
     with pytest.raises(ValueError, match="activation"):
-        qllm_ops.warm_up(**{**tensors, "activation": "relu"})
+        qllm_ops.warm_up(**{**tensors, "activation": "swish"})
     with pytest.raises(TypeError, match="flag"):
         qllm_ops.warm_up(**tensors, flag=1)

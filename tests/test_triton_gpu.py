@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from qllm_ops import PriorityFlag, moe
-from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
+from qllm_ops.activation import ACTIVATIONS
+from qllm_ops.inputs import MoeInputs, check_inputs
+from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,14 +54,14 @@ def arguments(inputs: MoeInputs) -> tuple[torch.Tensor, ...]:
 
 
 def uninterrupted(inputs: MoeInputs) -> torch.Tensor:
-    return moe(*arguments(inputs), activation=inputs.activation, backend="triton")
+    return moe(**vars(inputs), backend="triton")
 
 
 def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
     """Design tolerances, against the torch backend, which multiplies in float32."""
     assert not torch.backends.cuda.matmul.allow_tf32
-    wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in arguments(inputs)]
-    reference = moe(*wide, activation=inputs.activation, backend="torch")
+    wide = {name: vars(inputs)[name].float() for name in ("hidden_states", "gate_up_proj", "down_proj")}
+    reference = moe(**{**vars(inputs), **wide}, backend="torch")
     error = output.float() - reference
     rms = (error.square().mean().sqrt() / reference.square().mean().sqrt()).item()
     peak = (error.abs().max() / reference.abs().max()).item()
@@ -75,6 +77,27 @@ def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
 def test_every_class_of_rows(tokens, dtype):
     inputs = layer(tokens, 512, 384, 8, 2, dtype=dtype)
     assert_close(inputs, uninterrupted(inputs))
+
+
+@pytest.mark.parametrize("expert_norm", [None, own_norm])
+@pytest.mark.parametrize("activation", ["relu2", CLAMPED[0], "function"], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(512, 384), (250, 190)], ids=str)
+def test_every_layout(size, layout, activation, expert_norm):
+    if activation == "function":
+        activation = torch.tanh if "ungated" in layout else own_gate
+    for tokens in (3, 300):
+        case = MoeCase(
+            tokens, *size, 8, 2, dtype=torch.bfloat16, activation=activation, layout=layout, biases=True,
+            expert_norm=expert_norm, routing="out_of_range",
+        )  # fmt: skip
+        inputs = check_inputs(**case.tensors("cuda"))
+        expected = uninterrupted(inputs)
+        assert_close(inputs, expected)
+        run = triton_moe(inputs, PriorityFlag("cuda"), 0)
+        while not run.step(7):
+            assert run.tiles_taken == run.tiles_done
+        assert torch.equal(run.output, expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -22,7 +22,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.interpreter import interpreter_builder
 
 from qllm_ops import PriorityFlag, moe, moe_reference, warm_up
-from qllm_ops.inputs import ACTIVATIONS, MoeInputs, check_inputs
+from qllm_ops.activation import ACTIVATIONS
+from qllm_ops.inputs import MoeInputs, check_inputs
+from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 from qllm_ops.tiles import INTERPRETER, TileConfig
 from qllm_ops.triton_moe import NO_LIMIT, TritonMoe
 
@@ -50,9 +52,15 @@ def poisoned_memory():
 
 def layer(
     tokens=5, hidden=16, intermediate=13, experts=3, top_k=2, *, dtype=torch.float32, activation="silu",
-    routing="any", index_dtype=torch.int64, seed=0,
+    routing="any", index_dtype=torch.int64, seed=0, layout="concatenated", biases=False, expert_norm=None,
 ) -> MoeInputs:  # fmt: skip
     """A layer of random numbers. ``routing`` is "any" (skipped pairs too), "one" expert, or "all" of them."""
+    case = MoeCase(
+        tokens, hidden, intermediate, experts, top_k, dtype=dtype, layout=layout, biases=biases, seed=seed
+    )
+    weights = {
+        name: value for name, value in case.tensors().items() if "proj" in name or name.endswith("bias")
+    }
     g = torch.Generator().manual_seed(seed)
     low = 0 if index_dtype == torch.uint8 else -2
     index = torch.randint(low, experts + 1, (tokens, top_k), generator=g)
@@ -61,23 +69,29 @@ def layer(
     elif routing == "all":
         index = torch.rand(tokens, experts, generator=g).argsort(dim=1)[:, :top_k]
     return check_inputs(
-        torch.randn(tokens, hidden, generator=g).to(dtype),
-        (torch.randn(experts, 2 * intermediate, hidden, generator=g) / hidden**0.5).to(dtype),
-        (torch.randn(experts, hidden, intermediate, generator=g) / intermediate**0.5).to(dtype),
-        index.to(index_dtype),
-        torch.rand(tokens, top_k, generator=g),
-        activation,
+        hidden_states=torch.randn(tokens, hidden, generator=g).to(dtype),
+        top_k_index=index.to(index_dtype),
+        top_k_weights=torch.rand(tokens, top_k, generator=g),
+        activation=activation,
+        expert_norm=expert_norm,
+        **weights,
+        **LAYOUTS[layout],
     )
 
 
 @st.composite
-def layers(draw) -> MoeInputs:
+def layers(draw, fused: bool = False) -> MoeInputs:
+    """``fused``: nothing that torch computes between the kernels."""
     experts = draw(st.integers(1, 5))
     top_k = draw(st.integers(1, min(experts, 3)) | st.just(experts))
+    layout = draw(st.sampled_from(("concatenated", *LAYOUTS)))
+    own = () if fused else (torch.tanh if "ungated" in layout else own_gate,)
     return layer(
         draw(st.integers(0, 6)), draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES)), experts, top_k,
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        activation=draw(st.sampled_from((*ACTIVATIONS, *CLAMPED, *own))),
+        layout=layout, biases=draw(st.booleans()),
+        expert_norm=None if fused else draw(st.sampled_from((None, None, own_norm))),
         routing=draw(st.sampled_from(("any", "any", "one", "all"))),
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32, torch.uint8))),
         seed=draw(st.integers(0, 2**16)),
@@ -93,10 +107,8 @@ def uninterrupted(inputs: MoeInputs, tiles=None) -> torch.Tensor:
 def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
     """Design tolerances, against the reference in float32."""
     assert output.dtype == inputs.hidden_states.dtype
-    reference = moe_reference(
-        inputs.hidden_states.float(), inputs.gate_up_proj.float(), inputs.down_proj.float(),
-        inputs.top_k_index, inputs.top_k_weights, inputs.activation,
-    )  # fmt: skip
+    wide = {name: vars(inputs)[name].float() for name in ("hidden_states", "gate_up_proj", "down_proj")}
+    reference = moe_reference(**{**vars(inputs), **wide})
     if not reference.any():
         assert not output.any()
         return
@@ -189,6 +201,7 @@ def test_every_element_is_written_once(inputs, tiles, gaps):
     written = []
     flag = PriorityFlag()
     run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    intermediate = run._intermediate  # what the kernel writes; a function's result may take its place
     with (
         flipping(flag, gaps),
         hooked("create_masked_store", lambda ptrs, _, mask, *rest: written.append(ptrs.data[mask.data])),
@@ -200,7 +213,7 @@ def test_every_element_is_written_once(inputs, tiles, gaps):
     first, count = int((inputs.top_k_index.long() < 0).sum()), int(here.sum())
     rows = [
         elements(run._output, range(inputs.num_tokens)),
-        elements(run._intermediate, range(first, first + count)),
+        elements(intermediate, range(first, first + count)),
         *(elements(part, here.nonzero().view(-1).tolist()) for part in run._partial),
     ]
     assert np.array_equal(addresses, np.sort(np.concatenate(rows)))
@@ -213,7 +226,7 @@ def elements(matrix: torch.Tensor, rows) -> np.ndarray:
     return (offsets * matrix.element_size() + matrix.data_ptr()).astype(np.uint64)
 
 
-@given(layers(), st.lists(st.integers(0, 12), min_size=1, max_size=4))
+@given(layers(fused=True), st.lists(st.integers(0, 12), min_size=1, max_size=4))
 def test_launches_resume_without_the_host_knowing(inputs, gaps):
     """What a gate on the stream does: launches one after another, and nobody reads how far they came."""
     expected = uninterrupted(inputs)
@@ -222,7 +235,7 @@ def test_launches_resume_without_the_host_knowing(inputs, gaps):
     if inputs.num_tokens:
         with flipping(flag, gaps):
             for _ in range(len(gaps) + 2):
-                run._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT))
+                run._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT), (0, 1, 2))
                 flag.resume(0, "test")
         run._read()
     assert run.tiles_done == run.tiles_total
@@ -394,7 +407,7 @@ def test_memory_and_grids_do_not_depend_on_the_routing():
 def test_warm_up_computes_nothing_and_leaves_the_flag_alone():
     flag = PriorityFlag()
     inputs = layer(1, 8, 8, 2, 2)
-    before = {name: value.clone() for name, value in vars(inputs).items() if name != "activation"}
+    before = {name: x.clone() for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
     assert warm_up(**vars(inputs), flag=flag, backend="triton") is None
     assert all(torch.equal(getattr(inputs, name), value) for name, value in before.items())
     assert flag.read() == (2**31 - 1,) * 2

@@ -100,8 +100,11 @@ def locate(
 def multiply(
     a_ptrs,
     b_ptrs,
+    b_stride,  # from one k to the next
+    b_inside,  # which columns of b exist, if MASKED
     begin,
     stop,
+    MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,13 +115,19 @@ def multiply(
     ks = tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in tl.range(begin, stop, BLOCK_K, num_stages=STAGES):
+        inside = k + ks < stop
         if EVEN:
             a = tl.load(a_ptrs + k)
-            b = tl.load(b_ptrs + k)
         else:
-            inside = k + ks < stop
             a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
-            b = tl.load(b_ptrs + k, mask=inside[:, None], other=0.0)
+        if EVEN and MASKED:
+            b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)
+        elif MASKED:
+            b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None] & b_inside[None, :], other=0.0)
+        elif EVEN:
+            b = tl.load(b_ptrs + k * b_stride)
+        else:
+            b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None], other=0.0)
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
@@ -136,16 +145,33 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        result = gate * tl.sigmoid(gate)
+def activate(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """The kind of a `qllm_ops.Activation`; or "none", for what is activated by somebody else."""
+    if ACTIVATION == "none":
+        result = x
+    elif ACTIVATION == "silu":
+        if ALPHA == 1.0:
+            result = x * tl.sigmoid(x)
+        else:
+            result = x * tl.sigmoid(ALPHA * x)
     elif ACTIVATION == "gelu":
-        result = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    else:
+        result = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) is sigmoid(2u).
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        result = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        result = tl.where(x < 0, 0.0, x)
+        if ACTIVATION == "relu2":
+            result = result * result
+        else:
+            tl.static_assert(ACTIVATION == "relu")
     return result
+
+
+@triton.jit
+def below(x, LIMIT: tl.constexpr):
+    """The smaller of the two; NaN stays NaN."""
+    return tl.where(x > LIMIT, LIMIT, x)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "combine_tiles"])
@@ -208,7 +234,8 @@ def write_blocks(blocks_ptr, experts, known, rows, BLOCK_M: tl.constexpr):
 @triton.jit(do_not_specialize=["limit"], do_not_specialize_on_alignment=["flag_ptr"])
 def gate_up(
     hidden_ptr,  # (T, H)
-    weight_ptr,  # (E, 2I, H)
+    weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
+    bias_ptr,  # (E, R)
     intermediate_ptr,  # (P, I)
     order_ptr,  # (P,) int64
     state_ptr,
@@ -217,18 +244,27 @@ def gate_up(
     num_experts,
     top_k,
     hidden_size,
-    intermediate_size,
+    weight_rows,  # R
+    row_stride,  # of an expert's weights: from row to row, and along a row
+    k_stride,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,  # None: no clamp
+    UP_OFFSET: tl.constexpr,
+    PAIRS: tl.constexpr,  # where an up row is: "halves", I after its gate's; "alternating", 1 after; "none"
+    MASKED: tl.constexpr,  # rows of weights are contiguous (k_stride is not 1), and R no multiple of a tile's
+    HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
     EVEN: tl.constexpr,  # hidden_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # half as many as there are rows of weights in a tile
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     offsets_ptr = state_ptr + OFFSETS
-    n_blocks = tl.cdiv(intermediate_size, BLOCK_N)
+    n_blocks = tl.cdiv(weight_rows, 2 * BLOCK_N)
+    out_columns = weight_rows if PAIRS == "none" else weight_rows // 2
     end = last_ticket(state_ptr, limit, 0)
     done = 0
     ticket = next_ticket(state_ptr, flag_ptr, end, 0, HAS_FLAG)
@@ -242,22 +278,41 @@ def gate_up(
         tokens = tl.load(order_ptr + rows, mask=rows < stop, other=0) // top_k
         # Gate and up rows alternate, so that one product holds both halves of a pair in one thread.
         both = tl.arange(0, 2 * BLOCK_N)
-        columns = tl.minimum(n_block * BLOCK_N + both // 2, intermediate_size - 1)
-        weight_rows = columns.to(tl.int64) + (both % 2) * intermediate_size
+        weights = n_block * 2 * BLOCK_N + both
+        inside = weights < weight_rows
+        if PAIRS == "halves":
+            weights = tl.minimum(n_block * BLOCK_N + both // 2, out_columns - 1) + both % 2 * out_columns
+        elif not MASKED:
+            weights = tl.minimum(weights, weight_rows - 1)
         ks = tl.arange(0, BLOCK_K)
-        expert_ptr = weight_ptr + expert.to(tl.int64) * 2 * intermediate_size * hidden_size
+        expert_ptr = weight_ptr + expert.to(tl.int64) * weight_rows * hidden_size
         sums = multiply(
             hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
-            expert_ptr + weight_rows[None, :] * hidden_size + ks[:, None],
-            0, hidden_size, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES,
+            expert_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
+            k_stride, inside, 0, hidden_size,
+            MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
-        gate, up = tl.split(tl.reshape(sums, (BLOCK_M, BLOCK_N, 2)))
-        result = activate(gate, ACTIVATION) * up
-        columns = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * weight_rows + weights, mask=inside, other=0.0)
+            sums += bias.to(tl.float32)[None, :]
+        if PAIRS == "none":
+            if LIMIT is not None:
+                sums = -below(-below(sums, LIMIT), LIMIT)
+            result = activate(sums, ACTIVATION, ALPHA)
+            columns = n_block * 2 * BLOCK_N + both
+        else:
+            gate, up = tl.split(tl.reshape(sums, (BLOCK_M, BLOCK_N, 2)))
+            if LIMIT is not None:
+                gate = below(gate, LIMIT)
+                up = -below(-below(up, LIMIT), LIMIT)
+            if UP_OFFSET != 0.0:
+                up += UP_OFFSET
+            result = activate(gate, ACTIVATION, ALPHA) * up
+            columns = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(
-            intermediate_ptr + rows[:, None].to(tl.int64) * intermediate_size + columns[None, :],
+            intermediate_ptr + rows[:, None].to(tl.int64) * out_columns + columns[None, :],
             narrow(result, intermediate_ptr.dtype.element_ty),
-            mask=(rows < stop)[:, None] & (columns < intermediate_size)[None, :],
+            mask=(rows < stop)[:, None] & (columns < out_columns)[None, :],
         )
         done += 1
         ticket = next_ticket(state_ptr, flag_ptr, end, 0, HAS_FLAG)
@@ -267,7 +322,8 @@ def gate_up(
 @triton.jit(do_not_specialize=["limit", "num_pairs"], do_not_specialize_on_alignment=["flag_ptr"])
 def down(
     intermediate_ptr,  # (P, I)
-    weight_ptr,  # (E, H, I)
+    weight_ptr,  # (E, H, I), strides below
+    bias_ptr,  # (E, H)
     partial_ptr,  # (SPLIT_K, P, H)
     order_ptr,  # (P,) int64
     state_ptr,
@@ -277,6 +333,10 @@ def down(
     num_experts,
     hidden_size,
     intermediate_size,
+    row_stride,
+    k_stride,
+    MASKED: tl.constexpr,  # as in gate_up
+    HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
     EVEN: tl.constexpr,  # every part of intermediate_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
@@ -302,16 +362,20 @@ def down(
         valid = rows < stop
         columns = n_block // SPLIT_K * BLOCK_N + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
-        weight_rows = tl.minimum(columns, hidden_size - 1).to(tl.int64)
+        inside = columns < hidden_size
+        weights = columns if MASKED else tl.minimum(columns, hidden_size - 1)
         expert_ptr = weight_ptr + expert.to(tl.int64) * hidden_size * intermediate_size
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums = multiply(
             intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
-            expert_ptr + weight_rows[None, :] * intermediate_size + ks[:, None],
-            begin, tl.minimum(begin + part_size, intermediate_size),
-            EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            expert_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
+            k_stride, inside, begin, tl.minimum(begin + part_size, intermediate_size),
+            MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * hidden_size + columns, mask=inside, other=0.0)
+            sums += tl.where(part == 0, bias.to(tl.float32), 0.0)[None, :]
         pairs = tl.load(order_ptr + rows, mask=valid, other=0) + part.to(tl.int64) * num_pairs
         tl.store(
             partial_ptr + pairs[:, None] * hidden_size + columns[None, :],
