@@ -4,8 +4,9 @@
 
 A request is {"kernel": "gate_up", "arch": "sm_90", "dtype": "bf16", "config": {...}}, the fields of the
 configuration being those of qllm_ops.tiles.TileConfig; it may also hold "has_flag", "activation", "even",
-"top_k", and "sass" to have the machine code written too. A record repeats the request and adds the
-registers, the stack, the local and the shared memory in bytes, and the names of the files in DIRECTORY.
+"top_k", "layout" (of LAYOUTS below), and "sass" to have the machine code written too. A record repeats the
+request and adds the registers, the stack, the local and the shared memory in bytes, and the names of the
+files in DIRECTORY.
 
 It is a program of its own because TRITON_INTERPRET, which the other tests set, is read when a kernel
 is defined. Kernels are compiled as a launch on aligned tensors of even shapes would compile them.
@@ -32,18 +33,35 @@ TARGETS = {
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
+PLAIN = {
+    "ALPHA": 1.0, "LIMIT": None, "UP_OFFSET": 0.0, "PAIRS": "halves", "MASKED": False, "HAS_BIAS": False,
+    "row_stride": None, "k_stride": 1,
+}  # fmt: skip
+LAYOUTS = {
+    "plain": PLAIN,
+    # Rows of weights are contiguous: row_stride is 1.
+    "gpt_oss": {
+        **PLAIN, "ALPHA": 1.702, "LIMIT": 7.0, "UP_OFFSET": 1.0, "PAIRS": "alternating", "MASKED": True,
+        "HAS_BIAS": True, "row_stride": 1, "k_stride": None,
+    },
+    "ungated": {**PLAIN, "PAIRS": "none"},
+}  # fmt: skip
+
 # "T" stands for the type of hidden_states.
 ARGUMENTS = {
-    **dict.fromkeys(("hidden_ptr", "weight_ptr", "intermediate_ptr", "partial_ptr", "output_ptr"), "*T"),
+    **dict.fromkeys(
+        ("hidden_ptr", "weight_ptr", "bias_ptr", "intermediate_ptr", "partial_ptr", "output_ptr"), "*T"
+    ),
     **dict.fromkeys(("order_ptr", "sorted_ptr", "index_ptr"), "*i64"),
     **dict.fromkeys(("state_ptr", "flag_ptr"), "*i32"),
     "weights_ptr": "*fp32",
     **dict.fromkeys(("limit", "num_pairs", "num_tokens", "num_experts", "top_k"), "i32"),
-    **dict.fromkeys(("hidden_size", "intermediate_size"), "i32"),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "weight_rows", "row_stride", "k_stride"), "i32"),
     **dict.fromkeys(("gate_up_blocks", "down_blocks", "combine_tiles"), "i32"),
 }
 # The sizes of a model are multiples of 16; those of a batch may be anything.
-ALIGNED = {"hidden_size", "intermediate_size", *(name for name in ARGUMENTS if name.endswith("_ptr"))}
+SIZES = {"hidden_size", "intermediate_size", "weight_rows", "row_stride", "k_stride"}
+ALIGNED = {*SIZES, *(name for name in ARGUMENTS if name.endswith("_ptr"))}
 ALIGNED.remove("flag_ptr")  # the word of any class
 
 
@@ -55,15 +73,22 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         "GATE_UP_M": config.block_m, "DOWN_M": config.block_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k, "TOP_K": request.get("top_k", 8), "STAGES": config.num_stages,
+        **LAYOUTS[request.get("layout", "plain")],
     }  # fmt: skip
     kernel = getattr(moe, request["kernel"])
     names = kernel.arg_names
     types = {name: ARGUMENTS.get(name, "constexpr") for name in names}
+    # A launch makes a constant of an argument that is 1.
+    types |= {name: "constexpr" for name in names if constants.get(name) == 1}
     source = ASTSource(
         fn=kernel,
         signature={name: kind.replace("T", request["dtype"]) for name, kind in types.items()},
         constexprs={(i,): constants[name] for i, name in enumerate(names) if types[name] == "constexpr"},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name in ALIGNED and types[name] != "constexpr"
+        },
     )
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=TARGETS[request["arch"]], options=options)
