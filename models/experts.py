@@ -2,28 +2,29 @@
 
 transformers asks a function registered under a name for the experts' output, in every forward pass
 of every layer. Ours is registered as "qllm" when this package is imported. It first recognises the
-layout of the module, and refuses the ones that `moe` does not compute: an experts class says what
-it does in a handful of flags, in its gating method and in its own forward, and a function that
-ignores one of them returns plausible nonsense.
+layout of the module, and refuses what `moe` does not compute: an experts class says what it does in a
+handful of flags, in its gating method and in its own forward, and a function that ignores one of them
+returns plausible nonsense. So flags say how the weights lie, trying the gating says which activation it
+is, and the class's own forward, on a few small tensors, says whether that was all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
-from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference, warm_up
+from qllm_ops import ACTIVATIONS, Activation, MoeRun, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.inputs import DTYPES
 from qllm_ops.moe import check_flag
 
@@ -31,7 +32,6 @@ NAME = "qllm"
 """The experts implementation's name, as in ``from_pretrained(..., experts_implementation="qllm")``."""
 
 GRANULARITIES = ("tile", "layer", None)
-SUPPORTED = "gate_up_proj (E, 2I, H) as [gate; up], down_proj (E, H, I), no biases, silu, gelu or gelu_tanh"
 
 
 class UnsupportedExpertsError(NotImplementedError):
@@ -171,8 +171,8 @@ def experts_forward(
         if preemption.granularity == "layer":
             flag.wait(preemption.priority)
         flag = None
-    tensors = (hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
-    options = {"activation": layout.activation, "backend": settings.backend}
+    tensors = (hidden_states, *layout.weights(module), top_k_index, top_k_weights)
+    options = {**layout.options(module), "backend": settings.backend}
     if _warming.get() is not None:
         _warm_up(tensors, options)
     if flag is None:
@@ -188,16 +188,25 @@ def experts_forward(
     return output
 
 
-def _warm_up(tensors: tuple[Tensor, ...], options: dict[str, str]) -> None:
+def _warm_up(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
     """Once for all modules that differ in their weights only."""
     flag, priority, done = _warming.get()
-    hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights = tensors
-    weights = (gate_up_proj.shape, down_proj.shape, hidden_states.dtype)
-    routing = (top_k_index.shape[1], top_k_index.dtype, top_k_weights.dtype)
-    alike = (hidden_states.device, weights, routing, *options.values())
+    hidden_states, top_k_index = tensors[0], tensors[3]
+    alike = (
+        (hidden_states.device, hidden_states.dtype, top_k_index.shape[1]),
+        *((x.shape[1:], x.dtype) for x in tensors[1:]),
+        *(_kind(value) for value in options.values()),
+    )
     if alike not in done and len(hidden_states):
         done.add(alike)
         warm_up(*tensors, **options, flag=flag, priority=priority)
+
+
+def _kind(value: Any) -> Any:
+    """What a kernel is compiled for: a tensor's shape, and whether there is a function."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype)
+    return "function" if callable(value) and not isinstance(value, Activation) else value
 
 
 class _NoGradient(torch.autograd.Function):
@@ -225,10 +234,61 @@ FP8ExpertsInterface.register(NAME, experts_forward)
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """An experts module that `moe` computes: its activation, and what the answer was found for."""
+    """How an experts module lies, in the words of `moe`.
 
-    activation: str
+    Attributes:
+        activation: what the kernels compute; None: the module's own method, unfused.
+        act_fn: the one that the activation was found for.
+    """
+
+    activation: Activation | None
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    has_bias: bool
+    has_norm: bool
     act_fn: Any
+
+    @property
+    def first(self) -> str:
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        return getattr(module, self.first), module.down_proj
+
+    def sizes(self, module: nn.Module) -> tuple[int, int, int]:
+        """E, H and I."""
+        num_experts, rows, columns = module.down_proj.shape
+        return (num_experts, columns, rows) if self.transposed else (num_experts, rows, columns)
+
+    def options(self, module: nn.Module) -> dict[str, Any]:
+        """What `moe` is told besides tensors of the batch and weights."""
+        options: dict[str, Any] = {
+            "activation": self.activation or (module._apply_gate if self.gated else module.act_fn),
+            "gated": self.gated,
+            "interleaved": self.interleaved,
+            "transposed": self.transposed,
+        }
+        if self.has_bias:
+            options["gate_up_bias"] = getattr(module, self.first + "_bias")
+            options["down_bias"] = module.down_proj_bias
+        if self.has_norm:
+            options["expert_norm"] = module.post_expert_norm
+        return options
+
+    def __str__(self) -> str:
+        act = self.activation
+        words = ["own activation (not fused)" if act is None else act.kind]
+        if act is not None and not act.plain:
+            named = {"alpha": (act.alpha, 1.0), "limit": (act.limit, None), "up_offset": (act.up_offset, 0.0)}
+            changed = [f"{name}={value:g}" for name, (value, usual) in named.items() if value != usual]
+            words = [f"{act.kind}({', '.join(changed)})"]
+        for said, word in (
+            (not self.gated, "no gate"), (self.interleaved, "interleaved"), (self.transposed, "transposed"),
+            (self.has_bias, "biases"), (self.has_norm, "a norm after each expert"),
+        ):  # fmt: skip
+            words += [word] * said
+        return ", ".join(words)
 
 
 _layouts: weakref.WeakKeyDictionary[nn.Module, ExpertsLayout] = weakref.WeakKeyDictionary()
@@ -248,96 +308,127 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     layout = _layouts.get(module)
     if layout is not None and layout.act_fn is getattr(module, "act_fn", None):
         return layout
-    reasons = _declared_differences(module)
-    activation = None
-    if is_dispatched(module) and module.has_gate:
-        activation = _find_activation(module)
-        if activation is None:
-            act_fn = getattr(module, "act_fn", None)
-            name = "" if act_fn is None else f", act_fn {getattr(act_fn, '__name__', type(act_fn).__name__)}"
-            reasons.append(f"its gating is not silu, gelu or gelu_tanh of gate, times up (_apply_gate{name})")
+    layout = ExpertsLayout(
+        activation=None,
+        gated=getattr(module, "has_gate", True),
+        interleaved=False,
+        transposed=getattr(module, "is_transposed", False),
+        has_bias=getattr(module, "has_bias", False),
+        has_norm=getattr(module, "has_post_expert_norm", False),
+        act_fn=getattr(module, "act_fn", None),
+    )
+    reasons = _declared_differences(module, layout)
     if not reasons:
-        reasons += _observed_difference(module, activation)
+        activation, interleaved = _find_activation(module, layout.gated)
+        layout = replace(layout, activation=activation, interleaved=interleaved)
+        reasons = _observed_difference(module, layout)
     if reasons:
         raise UnsupportedExpertsError(
-            f"{type(module).__name__} is not supported by qllm-ops: {'; '.join(reasons)}. "
-            f"Supported: {SUPPORTED}",
-            tuple(reasons),
+            f"{type(module).__name__} is not supported by qllm-ops: {'; '.join(reasons)}", tuple(reasons)
         )
-    layout = _layouts[module] = ExpertsLayout(activation, getattr(module, "act_fn", None))
+    _layouts[module] = layout
     return layout
 
 
-def _declared_differences(module: nn.Module) -> list[str]:
-    """What the module's flags and tensors say that `moe` does not do."""
+def _declared_differences(module: nn.Module, layout: ExpertsLayout) -> list[str]:
+    """What the module's class and tensors say that `moe` does not do."""
     if not is_dispatched(module):
         return ["transformers never asks an experts function for this class"]
-    reasons = []
-    for flag, usual, reason in (
-        ("has_gate", True, "no gate (up_proj only)"),
-        ("has_bias", False, "biases"),
-        ("is_transposed", False, "transposed weights"),
-        ("is_concatenated", True, "interleaved gate and up"),
-        ("has_post_expert_norm", False, "a norm after each expert"),
-    ):
-        if getattr(module, flag, usual) != usual:
-            reasons.append(reason)
-    if reasons:
-        return reasons
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    unknown = sorted(tensors.keys() - {"gate_up_proj", "down_proj"})
+    projections = (layout.first, "down_proj")
+    biases = [name + "_bias" for name in projections] if layout.has_bias else []
+    reasons = []
+    unknown = sorted(
+        name
+        for name in tensors.keys() - {*projections, *biases}
+        if not (layout.has_norm and name.startswith("post_expert_norm."))
+    )
     if unknown:
         reasons.append(f"tensors that would be ignored: {', '.join(unknown)}")
-    for name in ("gate_up_proj", "down_proj"):
-        reasons += _tensor_differences(name, tensors.get(name))
+    for name in projections:
+        reasons += _tensor_differences(name, tensors.get(name), 3)
+    for name in biases:
+        reasons += _tensor_differences(name, tensors.get(name), 2)
+    if layout.has_norm and not callable(getattr(module, "post_expert_norm", None)):
+        reasons.append("no post_expert_norm")
     if not reasons:
-        gate_up, down = tensors["gate_up_proj"].shape, tensors["down_proj"].shape
-        if gate_up != (down[0], 2 * down[2], down[1]):
-            reasons.append(f"gate_up_proj is {tuple(gate_up)} beside down_proj {tuple(down)}")
+        num_experts, hidden_size, intermediate_size = layout.sizes(module)
+        columns = intermediate_size * (2 if layout.gated else 1)
+        wanted = (columns, hidden_size)[:: -1 if layout.transposed else 1]
+        got, down = tensors[layout.first].shape, tensors["down_proj"].shape
+        if got != (num_experts, *wanted):
+            reasons.append(f"{layout.first} is {tuple(got)} beside down_proj {tuple(down)}")
     return reasons
 
 
-def _tensor_differences(name: str, tensor: Tensor | None) -> list[str]:
+def _tensor_differences(name: str, tensor: Tensor | None, rank: int) -> list[str]:
     if tensor is None:
         return [f"no {name}"]
     if type(tensor) not in (nn.Parameter, Tensor):
         return [f"{name} is a {type(tensor).__name__}, not a plain tensor"]
     if tensor.dtype not in DTYPES:
         return [f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16 (quantised?)"]
-    if tensor.dim() != 3:
-        return [f"{name} has shape {tuple(tensor.shape)}, wanted 3 dimensions"]
+    if tensor.dim() != rank:
+        return [f"{name} has shape {tuple(tensor.shape)}, wanted {rank} dimensions"]
     return []
 
 
-def _find_activation(module: nn.Module) -> str | None:
-    """The activation for which ``_apply_gate`` is activation(gate) * up, by trying it; None if none is."""
-    apply_gate = getattr(module, "_apply_gate", None)
-    if apply_gate is None:
-        return None
+def _find_activation(module: nn.Module, gated: bool) -> tuple[Activation | None, bool]:
+    """The activation that the module's gating is, by trying it, and whether gate and up alternate.
+
+    None if it is none that the kernels compute; then the module's own method is called.
+    """
+    device = _compute_device(module)
     # Around zero the activations differ; far out a clamp or a soft cap shows, on gate or on up.
-    near = torch.linspace(-8, 8, 385)
-    far = torch.logspace(0, 4.8, 40)
+    near = torch.linspace(-8, 8, 385, dtype=torch.float64)
+    far = torch.logspace(0, 4.8, 40, dtype=torch.float64)
     gate = torch.cat([near, far, -far]).repeat(7)
-    up = torch.tensor([1.0, -0.5, 3.0, 300.0, -300.0, 6e4, -6e4]).repeat_interleave(len(gate) // 7)
-    gate, up = gate[None].to(_compute_device(module)), up[None].to(_compute_device(module))
-    try:
-        with torch.no_grad():
-            got = apply_gate(torch.cat([gate, up], dim=-1))
-    except Exception:  # a gating that cannot even be asked is not one of ours
-        return None
-    if not isinstance(got, Tensor) or got.shape != gate.shape:
-        return None
-    for activation, act in (
-        ("silu", F.silu),
-        ("gelu", F.gelu),
-        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
-    ):
-        if ((got - act(gate) * up).abs() <= 1e-5 * (1 + gate.abs()) * up.abs()).all():
-            return activation
-    return None
+    up = torch.tensor([1.0, -0.5, 3.0, 300.0, -300.0, 6e4, -6e4], dtype=torch.float64)
+    up = up.repeat_interleave(len(gate) // 7)
+    for interleaved in (False, True) if gated else (False,):
+
+        def ask(gate: Tensor, up: Tensor, interleaved: bool = interleaved) -> Tensor:
+            if not gated:
+                return module.act_fn(gate[None].to(device)).double().cpu()[0]
+            both = torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])
+            return module._apply_gate(both[None].to(device)).double().cpu()[0]
+
+        try:
+            with torch.no_grad():
+                got = ask(gate, up)
+                candidates = _fit(ask) if gated else [Activation(kind) for kind in ACTIVATIONS]
+        except Exception:  # a gating that cannot even be asked is not one of ours
+            continue
+        if got.shape != gate.shape:
+            continue
+        for activation in candidates:
+            want = activation(gate, up) if gated else activation(None, gate)
+            size = (1 + gate.abs()) * (1 + up.abs()) if gated else (1 + gate.abs()) ** 2
+            if ((got - want).abs() <= 1e-5 * size).all():
+                return activation, interleaved
+    return None, False
 
 
-def _observed_difference(module: nn.Module, activation: str) -> list[str]:
+def _fit(ask: Callable[[Tensor, Tensor], Tensor]) -> list[Activation]:
+    """Activations that agree with a gating at gate 1; which one it is shows elsewhere."""
+    one = torch.ones(1, dtype=torch.float64)
+    at_zero, at_one, far_out = (ask(one, up * one).item() for up in (0.0, 1.0, 1e6))
+    act_of_one = at_one - at_zero  # act(1) * (1 + offset) - act(1) * offset
+    if not (math.isfinite(far_out) and act_of_one > 0):
+        return []
+    offset = round(at_zero / act_of_one, 5)
+    limit = round(far_out / act_of_one - offset, 5)
+    options = {"limit": None if limit > 0.99e6 else limit, "up_offset": offset}
+    if options["limit"] is not None and limit <= 0:
+        return []
+    found = [Activation(kind, **options) for kind in ACTIVATIONS]
+    if 0 < act_of_one < 1:
+        alpha = round(math.log(act_of_one / (1 - act_of_one)), 5)
+        found.append(Activation("silu", alpha=alpha, **options))
+    return found
+
+
+def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
     """Whether the class's own forward and `moe_reference` agree on a few small tensors.
 
     Catches what no flag declares: a clamp, a norm or a scale written into forward itself, routing
@@ -345,24 +436,34 @@ def _observed_difference(module: nn.Module, activation: str) -> list[str]:
     """
     device = _compute_device(module)
     random = torch.Generator().manual_seed(0)
-    num_experts = min(3, module.down_proj.shape[0])
-    num_tokens, top_k, size = 6, min(2, num_experts), 8
+    num_experts, hidden_size, _ = layout.sizes(module)
+    num_experts, intermediate_size = min(3, num_experts), 8
+    num_tokens, top_k = 6, min(2, num_experts)
+    if not layout.has_norm:  # whose own weights say how long a row is
+        hidden_size = 8
+    columns = intermediate_size * (2 if layout.gated else 1)
 
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device)
+
+    order = -1 if layout.transposed else 1
     small = copy.copy(module)
     small._parameters = {
-        "gate_up_proj": nn.Parameter(torch.randn(num_experts, 2 * size, size, generator=random).to(device)),
-        "down_proj": nn.Parameter(torch.randn(num_experts, size, size, generator=random).to(device)),
+        layout.first: nn.Parameter(normal(num_experts, *(columns, hidden_size)[::order])),
+        "down_proj": nn.Parameter(normal(num_experts, *(hidden_size, intermediate_size)[::order])),
     }
-    hidden_states = torch.randn(num_tokens, size, generator=random).to(device)
+    if layout.has_bias:
+        small._parameters[layout.first + "_bias"] = nn.Parameter(normal(num_experts, columns))
+        small._parameters["down_proj_bias"] = nn.Parameter(normal(num_experts, hidden_size))
+    hidden_states = normal(num_tokens, hidden_size)
     hidden_states[1::2] *= 100  # far enough to meet a clamp
     choices = [torch.randperm(num_experts, generator=random)[:top_k] for _ in range(num_tokens)]
-    top_k_index = torch.stack(choices).to(device)
-    top_k_weights = torch.randn(num_tokens, top_k, generator=random).to(device)
+    top_k_index, top_k_weights = torch.stack(choices).to(device), normal(num_tokens, top_k)
     try:
         with torch.no_grad():
             own = type(module).forward.__wrapped__(small, hidden_states, top_k_index, top_k_weights)
             ours = moe_reference(
-                hidden_states, small.gate_up_proj, small.down_proj, top_k_index, top_k_weights, activation
+                hidden_states, *layout.weights(small), top_k_index, top_k_weights, **layout.options(small)
             )
     except Exception as error:
         return [f"its forward could not be compared with ours ({type(error).__name__}: {error})"]

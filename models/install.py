@@ -34,7 +34,7 @@ class InstalledExperts:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    activation: str
+    layout: str
     dtype: torch.dtype
     device: torch.device
     backend: str
@@ -54,7 +54,7 @@ class InstallReport:
         lines = [f"{self.model}: {len(self)} experts module{'s' if len(self) > 1 else ''} run by qllm-ops"]
         lines += [
             f"  {m.name}  {m.class_name}  E={m.num_experts} H={m.hidden_size} I={m.intermediate_size}"
-            f"  {m.activation}  {str(m.dtype).removeprefix('torch.')}  {m.device}  {m.backend}"
+            f"  {m.layout}  {str(m.dtype).removeprefix('torch.')}  {m.device}  {m.backend}"
             for m in self.modules
         ]
         return "\n".join(lines)
@@ -185,19 +185,18 @@ def _describe(
     down = module.down_proj
     if down.is_meta:
         raise ValueError(f"{name} has no weights in memory (meta device); load the model on one device first")
-    num_experts, hidden_size, intermediate_size = down.shape
+    num_experts, hidden_size, intermediate_size = layout.sizes(module)
     # A run over no tokens: the operator itself says whether it takes these weights, flag and backend.
     try:
         run = MoeRun(
             down.new_empty(0, hidden_size),
-            module.gate_up_proj,
-            down,
+            *layout.weights(module),
             torch.empty(0, 1, dtype=torch.int64, device=down.device),
             down.new_empty(0, 1),
-            activation=layout.activation,
             flag=flag,
             priority=priority,
             backend=backend,
+            **layout.options(module),
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
@@ -207,7 +206,7 @@ def _describe(
         num_experts,
         hidden_size,
         intermediate_size,
-        layout.activation,
+        str(layout),
         down.dtype,
         down.device,
         run.backend,

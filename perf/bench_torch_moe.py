@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from context import cpu_name
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -164,15 +165,6 @@ def provenance(args: argparse.Namespace) -> dict:
             "qllm_ops": qllm_ops.__version__,
         },
     }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for entry in cpuinfo.read_text().splitlines():
-            if entry.startswith("model name"):
-                return entry.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -245,20 +245,27 @@ def step_exits(c: Context, tensors: Tensors, samples: int, until: float) -> dict
     flag.resume(0)
     draw = random.Random(0)
     length_s = min(_timed_step(c, tensors, flag, None)[1] for _ in range(3))
-    early, count = [], 0
+    early, count, lost = [], 0, 0
     while count < samples and (count < 5 or time.monotonic() < until):
-        finished, seconds = _timed_step(c, tensors, flag, draw.uniform(*MOMENTS) * length_s)
+        finished, seconds, thrown_away = _timed_step(c, tensors, flag, draw.uniform(*MOMENTS) * length_s)
         count += 1
+        lost += thrown_away
         if not finished:
             early.append(seconds * 1e6)
-    return {"samples": count, "left_early": len(early), "launch_us": length_s * 1e6, "host_us": spread(early)}
+    return {
+        "samples": count,
+        "left_early": len(early),
+        "launch_us": length_s * 1e6,
+        "host_us": spread(early),
+        "lost_tiles": lost,
+    }
 
 
 def _timed_step(
     c: Context, tensors: Tensors, flag: PriorityFlag, pause_after_s: float | None
-) -> tuple[bool, float]:
-    """Whether a step in another thread came to its end, and how long after the order it returned (without
-    an order: after its beginning)."""
+) -> tuple[bool, float, int]:
+    """Whether a step in another thread came to its end, how long after the order it returned (without an
+    order: after its beginning), and how many tiles it had taken and not done."""
     run = MoeRun(*tensors, flag=flag, backend=c.backend)
     run.tiles_total  # noqa: B018  (waits for the routing)
     begun, seen = threading.Event(), {}
@@ -284,7 +291,7 @@ def _timed_step(
     settle(flag)
     if "ended" not in seen:
         raise RuntimeError(f"the step has not ended {STUCK_S:.0f} s after it was paused, or it raised")
-    return seen["finished"], seen["ended"] - ordered
+    return seen["finished"], seen["ended"] - ordered, run.tiles_taken - run.tiles_done
 
 
 # -- what nothing costs ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import torch
 from context import Context, free_memory, nvidia_smi, one_line, that_fit
 from layers import (
@@ -26,16 +27,13 @@ from layers import (
     layer_bytes,
     layer_inputs,
     layer_name,
-    transformers_experts,
     weights,
 )
-from timing import capture, copy_bandwidth, host_seconds, interleaved, matmul_rate, spread, synchronize
+from timing import Call, capture, copy_bandwidth, host_seconds, interleaved, matmul_rate, spread, synchronize
 
 from qllm_ops import PriorityFlag, moe
 
 TOKENS = (1, 8, 32, 256, 2048, 8192)
-MOST_COPIED = 8e9
-"""transformers' batched_mm copies the weights for every (token, k) pair: it is run up to so many bytes."""
 
 
 # -- what the device can do ------------------------------------------------------------------------------
@@ -88,9 +86,7 @@ def polling(c: Context) -> dict[str, Any]:
         row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
         result["cases"].append(row)
         try:
-            calls, layers = _polled_calls(c, shape, num_tokens, pair)
-            times = interleaved(calls, c.device, 0.6 * seconds, least=15, most=20 if c.rehearsal else 300)
-            row |= _overhead(times, layers)
+            row |= polling_cost(c, shape, num_tokens, pair, 0.6 * seconds)
             c.say(
                 f"{layer_name((shape, num_tokens))}: {row['overhead'] * 100:+.2f} % "
                 f"(noise {row['noise'] * 100:+.2f} %), {row['without_us']['p50']:.1f} us without"
@@ -99,7 +95,6 @@ def polling(c: Context) -> dict[str, Any]:
             row["error"] = one_line(error)
             c.say(f"{layer_name((shape, num_tokens))}: {row['error']}")
             synchronize(c.device)
-        calls = None
         del pair
         free_memory(c.device)
         c.keep(result)
@@ -115,11 +110,20 @@ def _polling_plan(c: Context) -> list[tuple[Shape, int]]:
     return [*((shape, t) for t in (2048, 32, 1) for shape in shapes), (DEEPSEEK, 2048)]
 
 
+def polling_cost(
+    c: Context, shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor], seconds: float
+) -> dict[str, Any]:
+    """One layer with and without the poll, for about ``seconds``."""
+    calls, layers = _polled_calls(c, shape, num_tokens, pair)
+    times = interleaved(calls, c.device, seconds, least=15, most=20 if c.rehearsal else 300)
+    return _overhead(times, layers)
+
+
 def _polled_calls(
     c: Context, shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[dict[str, Callable[[], object]], int]:
     """The calls, and how many layers each of them runs."""
-    inputs = _rotated(shape, num_tokens, pair)
+    inputs = rotated(shape, num_tokens, pair)
     flag = PriorityFlag(c.device)
     if c.backend != "triton":
         without = lambda: [moe(*x, backend=c.backend) for x in inputs]  # noqa: E731
@@ -163,13 +167,13 @@ def _per_layer(seconds: list[float], layers: int) -> dict[str, float | int] | No
     return spread(s / layers * 1e6 for s in seconds)
 
 
-def _rotated(shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]) -> list[Tensors]:
+def rotated(shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]) -> list[Tensors]:
     """Several inputs of different routing, so that a small layer's weights do not stay in the L2 cache."""
     sets = 8 if num_tokens <= 32 else 3 if num_tokens <= 2048 else 1
     return [layer_inputs(shape, num_tokens, pair, seed=10 + n) for n in range(sets)]
 
 
-# -- against transformers --------------------------------------------------------------------------------
+# -- against peers ---------------------------------------------------------------------------------------
 
 
 def speed(c: Context) -> dict[str, Any]:
@@ -187,22 +191,23 @@ def speed(c: Context) -> dict[str, Any]:
     for shape, seconds in c.in_time(shapes, lambda shape: shape.name):
         dtype = torch.float32 if c.rehearsal else torch.bfloat16
         pair = weights(shape, dtype, c.device)
+        bound, absent = peers.bind(peers.TRANSFORMERS, shape, pair)
         counts = _speed_tokens(c)
         for num_tokens in counts:
-            row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
+            row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens, "peers": dict(absent)}
             result["cases"].append(row)
             try:
-                _compare(c, row, shape, num_tokens, pair, 0.5 * seconds / len(counts))
-                floor, bound = floor_seconds(
-                    shape, layer_inputs(shape, num_tokens, pair, seed=10)[3], bandwidth, rate
-                )
-                row |= {"floor_us": floor * 1e6, "bound_by": bound}
-                row["of_floor"] = floor * 1e6 / row["graph_us"]["qllm"]["p50"]
+                inputs = rotated(shape, num_tokens, pair)
+                calls = compare(c, row, inputs, bound, 0.5 * seconds / len(counts))
+                row["host_us"] = _as_called(c, row, calls, inputs)
+                row |= floor(shape, inputs, bandwidth, rate)
+                row["of_floor"] = row["floor_us"] / row["graph_us"]["qllm"]["p50"]
             except Exception as error:
                 row["error"] = one_line(error)
                 synchronize(c.device)
             c.say(speed_line(row))
             c.keep(result)
+        calls = inputs = bound = None
         del pair
         free_memory(c.device)
     return result
@@ -216,82 +221,85 @@ def _speed_tokens(c: Context) -> tuple[int, ...]:
     return (4, 64) if c.rehearsal else (1, 32, 2048) if c.quick else TOKENS
 
 
-def _compare(
-    c: Context,
-    row: dict[str, Any],
-    shape: Shape,
-    num_tokens: int,
-    pair: tuple[torch.Tensor, torch.Tensor],
-    seconds: float,
-) -> None:
-    inputs = _rotated(shape, num_tokens, pair)
-    flag = PriorityFlag(c.device)
-    row |= {"layers": len(inputs), "graph_us": {}, "host_us": {}, "ratio": {}, "errors": {}, "peers": {}}
-    calls: dict[str, Callable[..., torch.Tensor]] = {"qllm": functools.partial(_ours, c.backend, None)}
-    try:
-        peer = transformers_experts(shape, pair)
-    except Exception as error:
-        row["peers"]["transformers"] = one_line(error)
-    else:
-        calls["grouped_mm"] = _on_layer(peer("grouped_mm"))
-        copied = num_tokens * shape.top_k * shape.expert_bytes
-        if num_tokens <= 32 and copied <= MOST_COPIED:
-            calls["batched_mm"] = _on_layer(peer("batched_mm"))
-    ours = calls["qllm"](inputs[0])
-    graphs = {}
-    for name, call in list(calls.items()):
-        every = functools.partial(_every, call, inputs)
+def compare(
+    c: Context, row: dict[str, Any], inputs: list[Tensors], bound: dict[str, peers.Prepare], seconds: float
+) -> dict[str, Call]:
+    """Time ours and the peers in turns, each with all inputs in one graph. The results go into ``row``.
+
+    A peer must have our output, within the contract's tolerance, before it is timed. Under inference mode,
+    as a model that serves is. Returns the calls, ours is "qllm".
+    """
+    row |= {"layers": len(inputs), "graph_us": {}, "ratio": {}, "errors": {}, "not_captured": []}
+    ours = [functools.partial(moe, *tensors, backend=c.backend) for tensors in inputs]
+    want = ours[0]()
+    calls = {"qllm": functools.partial(_every, ours)}
+    for name, prepare in bound.items():
         try:
-            row["errors"][name] = errors(call(inputs[0]), ours)["max_relative"]
+            layers = [prepare(tensors) for tensors in inputs]
+            with torch.inference_mode():
+                off = errors(layers[0](), want)["max_relative"]
+        except peers.Absent as reason:
+            row["peers"][name] = str(reason)
+            continue
         except Exception as error:
             row["peers"][name] = one_line(error)
             synchronize(c.device)
             continue
-        try:
-            graphs[name] = capture(every, c.device)
-        except Exception as error:
-            # Then its time has the gaps between its kernels in it.
-            row["peers"][name] = f"not captured: {one_line(error)}"
-            synchronize(c.device)
-            graphs[name] = every
-    if any(error is None or error > MAX_RELATIVE for error in row["errors"].values()):
-        row["differ"] = True
+        row["errors"][name] = off
+        if off is None or off > MAX_RELATIVE:
+            row["differ"] = True
+            row["peers"][name] = f"its output is not ours: off by {off} of the peak"
+            continue
+        calls[name] = functools.partial(_every, layers)
+    graphs = {name: _captured(c, row, name, call) for name, call in calls.items()}
     times = interleaved(graphs, c.device, seconds, least=7, most=10 if c.rehearsal else 200)
     row["graph_us"] = {name: _per_layer(t, len(inputs)) for name, t in times.items()}
     row["ratio"] = {
         name: spread(a / b for a, b in zip(times[name], times["qllm"], strict=True))
         for name in times
-        if name != "qllm" and "qllm" in times
+        if name != "qllm"
     }
-    calls["with flag"] = functools.partial(_ours, c.backend, flag)
-    for name, call in calls.items():
-        repeats = 1 if c.rehearsal else 20 if num_tokens <= 32 else 4
+    return calls
+
+
+def _captured(c: Context, row: dict[str, Any], name: str, call: Call) -> Call:
+    try:
+        return capture(call, c.device)
+    except Exception as error:
+        # Then its time has the gaps between its kernels in it.
+        row["not_captured"].append(name)
+        row["peers"][name] = f"not captured: {one_line(error)}"
+        synchronize(c.device)
+        return call
+
+
+def _as_called(
+    c: Context, row: dict[str, Any], calls: dict[str, Call], inputs: list[Tensors]
+) -> dict[str, Any]:
+    """Microseconds per layer of calls as Python makes them, and of ours with a flag beside them."""
+    flag = PriorityFlag(c.device)
+    with_flag = [functools.partial(moe, *tensors, flag=flag, backend=c.backend) for tensors in inputs]
+    repeats = 1 if c.rehearsal else 20 if row["tokens"] <= 32 else 4
+    found = {}
+    for name, call in {**calls, "with flag": functools.partial(_every, with_flag)}.items():
         try:
-            host = host_seconds(functools.partial(_every, call, inputs), c.device, repeats)
-            row["host_us"][name] = _per_layer(host, len(inputs))
+            found[name] = _per_layer(host_seconds(call, c.device, repeats), len(inputs))
         except Exception as error:
             row["peers"][name] = one_line(error)
             synchronize(c.device)
+    return found
 
 
-def _every(call: Callable[[Tensors], torch.Tensor], inputs: list[Tensors]) -> None:
-    for tensors in inputs:
-        call(tensors)
+@torch.inference_mode()
+def _every(layers: list[Call]) -> None:
+    for layer in layers:
+        layer()
 
 
-def _ours(backend: str, flag: PriorityFlag | None, tensors: Tensors) -> torch.Tensor:
-    return moe(*tensors, flag=flag, backend=backend)
-
-
-def _on_layer(call: Callable[..., torch.Tensor]) -> Callable[[Tensors], torch.Tensor]:
-    """Under inference mode, as a model that serves is."""
-
-    def on(tensors: Tensors) -> torch.Tensor:
-        hidden_states, _, _, index, weight = tensors
-        with torch.inference_mode():
-            return call(hidden_states, index, weight)
-
-    return on
+def floor(shape: Shape, inputs: list[Tensors], bandwidth: float, rate: float) -> dict[str, Any]:
+    """The floor of a layer, on average over the routings of ``inputs``."""
+    floors = [floor_seconds(shape, x[3], bandwidth, rate, x[1].element_size()) for x in inputs]
+    return {"floor_us": statistics.mean(f[0] for f in floors) * 1e6, "bound_by": floors[0][1]}
 
 
 def speed_line(row: dict[str, Any]) -> str:

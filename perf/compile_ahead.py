@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import checkout  # noqa: F401  (makes qllm_ops importable)
@@ -21,16 +22,17 @@ from check_replay import MODEL
 from context import Context, Skip
 from layers import OLMOE, SHAPES, Shape
 
-from qllm_ops import PriorityFlag
+from qllm_ops import Activation, PriorityFlag
 from qllm_ops.inputs import MoeInputs
 
 PROCESSES = 10
 
 
-def compile_all(c: Context) -> dict[str, Any]:
+def compile_all(c: Context, shapes: Sequence[Shape] | None = None) -> dict[str, Any]:
+    """The layers of `plan`, or those of ``shapes`` in bfloat16 alone."""
     if c.backend != "triton" or c.device.type != "cuda":
         raise Skip("only Triton on a GPU compiles kernels")
-    jobs = plan(c)
+    jobs = plan(c, shapes)
     count = min(PROCESSES, max(1, (os.cpu_count() or 2) - 2), len(jobs))
     start = time.monotonic()
     processes = [_start(c, jobs[n::count]) for n in range(count)]
@@ -48,13 +50,13 @@ def compile_all(c: Context) -> dict[str, Any]:
     return {"layers": len(jobs), "processes": count, "failed": failed}
 
 
-def plan(c: Context) -> list[list[Any]]:
+def plan(c: Context, shapes: Sequence[Shape] | None = None) -> list[list[Any]]:
     """A job for every layer with tiles of its own: sizes, dtype, number of tokens."""
     from qllm_ops.tiles import arch_of, layer_configs, token_counts
 
     served = Shape("replay", MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["num_local_experts"], 2)
-    layers = [(shape, "bfloat16") for shape in (*SHAPES, served)]
-    layers += [(OLMOE, "float16"), (OLMOE, "float32")]
+    layers = [(shape, "bfloat16") for shape in shapes or (*SHAPES, served)]
+    layers += [] if shapes else [(OLMOE, "float16"), (OLMOE, "float32")]
     jobs = []
     for shape, dtype in layers:
         seen = []
@@ -93,7 +95,7 @@ def launch_once(
         down_proj=one.expand(num_experts, hidden_size, intermediate_size),
         top_k_index=torch.full((num_tokens, top_k), -1, device=device),
         top_k_weights=torch.zeros(num_tokens, top_k, dtype=dtype, device=device),
-        activation="silu",
+        activation=Activation("silu"),
     )
     run = TritonMoe(inputs, None, 0)
     run.launch_all()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +74,15 @@ def that_fit(c: Context, shapes: Iterable[T], nbytes: Callable[[T], int]) -> lis
     free, cases = torch.cuda.mem_get_info(c.device)[0], list(shapes)
     c.left_out += [f"{case}: not enough memory" for case in cases if nbytes(case) > 0.7 * free]
     return [case for case in cases if nbytes(case) <= 0.7 * free]
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for entry in cpuinfo.read_text().splitlines():
+            if entry.startswith("model name"):
+                return entry.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 SMI_FIELDS = (

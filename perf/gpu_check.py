@@ -313,7 +313,8 @@ def environment(context: Any) -> dict[str, Any]:
     from context import nvidia_smi
 
     versions = {"python": platform.python_version(), "cuda of torch": torch.version.cuda}
-    for package in ("torch", "triton", "transformers", "numpy", "cuda-bindings", "safetensors", "rich"):
+    ours = ("torch", "triton", "transformers", "numpy", "cuda-bindings", "safetensors", "rich")
+    for package in (*ours, "vllm", "triton_kernels"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -323,7 +324,12 @@ def environment(context: Any) -> dict[str, Any]:
         "commit": checkout.commit(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
-        "variables": {key: os.environ[key] for key in sorted(os.environ) if VARIABLES.fullmatch(key)},
+        # A result is published: no variable with a path of the machine in it.
+        "variables": {
+            key: os.environ[key]
+            for key in sorted(os.environ)
+            if VARIABLES.fullmatch(key) and "/" not in os.environ[key]
+        },
     }
     if context.device.type == "cuda":
         p = torch.cuda.get_device_properties(context.device)
@@ -357,9 +363,9 @@ def new_document(options: dict[str, Any], device: Any) -> dict[str, Any]:
     }
 
 
-def default_out(device_name: str) -> Path:
+def default_out(device_name: str, script: str = "gpu_check") -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    stem = f"gpu_check-{slug}-{datetime.date.today().isoformat()}"
+    stem = f"{script}-{slug}-{datetime.date.today().isoformat()}"
     names = (f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
     return next(path for path in (HERE / "results" / name for name in names) if not path.exists())
 

@@ -1,9 +1,9 @@
-"""The layers that are measured on a GPU: shapes, random inputs, the right answer, peers and floors."""
+"""The layers that are measured on a GPU: shapes, random inputs, the right answer and floors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,45 +139,23 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def floor_seconds(shape: Shape, index: Tensor, bandwidth: float, flops_per_s: float) -> tuple[float, str]:
-    """The least time that the layer can take in 16 bits, and what bounds it: "memory" or "arithmetic".
+def bytes_to_move(shape: Shape, index: Tensor, itemsize: int = 2) -> int:
+    """Bytes that must move: weights of every expert that has a token, hidden states in and out, once each.
 
-    Memory: the weights of every expert that has a token once, hidden states in and out once.
+    Intermediate activations are not among them: a kernel may keep them.
     """
-    pairs, num_tokens = index.numel(), index.shape[0]
-    read = index.unique().numel() * shape.expert_bytes + 4 * num_tokens * shape.hidden_size
-    memory, arithmetic = read / bandwidth, shape.flops(pairs) / flops_per_s
+    hit = index.unique()
+    hit = int(((hit >= 0) & (hit < shape.num_experts)).sum())
+    return (hit * 3 * shape.intermediate_size + 2 * index.shape[0]) * shape.hidden_size * itemsize
+
+
+def floor_seconds(
+    shape: Shape, index: Tensor, bandwidth: float, flops_per_s: float, itemsize: int = 2
+) -> tuple[float, str]:
+    """The least time that the layer can take, and what bounds it: "memory" or "arithmetic"."""
+    memory = bytes_to_move(shape, index, itemsize) / bandwidth
+    arithmetic = shape.flops(index.numel()) / flops_per_s
     return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
-
-
-# -- peers -----------------------------------------------------------------------------------------------
-
-
-def transformers_experts(
-    shape: Shape, pair: tuple[Tensor, Tensor]
-) -> Callable[[str], Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """name of an experts implementation of transformers -> f(hidden_states, top_k_index, top_k_weights)."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    config = MixtralConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_local_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-    )
-    with torch.device("meta"):
-        module = MixtralExperts(config).eval()
-    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(w, requires_grad=False) for w in pair)
-
-    def implementation(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            config._experts_implementation = name
-            return module(hidden_states, top_k_index, top_k_weights)
-
-        return call
-
-    return implementation
 
 
 # -- the flag and launches, from close by ----------------------------------------------------------------
@@ -205,7 +183,7 @@ class Launches:
 
     def enqueue(self, poll: bool) -> None:
         """All phases on the current stream; ``poll`` or no poll: two different compilations."""
-        self._layer._launch(self._limits, poll=poll)
+        self._layer._launch(self._limits, phases=(0, 1, 2), poll=poll)
 
     def rewind(self) -> None:
         """Back to no tiles done, in stream order."""

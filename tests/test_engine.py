@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from tiny_models import refused_model
+from tiny_models import tiny_model
 
 from qllm_ops.models.presets import make_preset
 from qllm_ops.scheduler import attention
@@ -358,7 +358,7 @@ def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatc
     with pytest.raises(ValueError, match="unknown policy 'fifo'; there are: fcfs, priority, layer, tile"):
         Engine(model, policy="fifo")
     with pytest.raises(ValueError, match="no MoE"):
-        Engine(refused_model("llama"))
+        Engine(tiny_model("llama"))
     with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
         Engine(model, limits=Limits(max_batch=0))
     monkeypatch.setattr(attention, "_attend", lambda q, k, v, *args: q[0].transpose(0, 1) * 0 + 1)

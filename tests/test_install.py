@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from tiny_models import REFUSED, SUPPORTED, refused_model
+import transformers
+from tiny_models import OTHER_LAYOUTS, REFUSED, SUPPORTED, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.activations import ACT2FN
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qllm_ops import PriorityFlag, models, moe_reference
 from qllm_ops.models import (
@@ -22,6 +22,7 @@ from qllm_ops.models import (
     save_preset,
     uninstall,
 )
+from qllm_ops.testing import flipping
 
 IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 WAIT_S = 20
@@ -79,6 +80,41 @@ def test_same_logits_and_same_tokens_as_eager(name):
     assert not torch.equal(got, torch.zeros_like(got))
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert torch.equal(model.generate(IDS, attention_mask=torch.ones_like(IDS), **generate), tokens)
+
+
+SAID = {
+    "gpt_oss": "E=8 H=64 I=48  silu(alpha=1.702, limit=7, up_offset=1), interleaved, transposed, biases",
+    "openai_privacy_filter": "silu(alpha=1.702, limit=7, up_offset=1), transposed, biases",
+    "nemotron_h": "E=8 H=64 I=48  relu2, no gate",
+    "deepseek_v4": "silu(limit=10)",
+    "muse_spark_text": "E=8 H=32 I=48  silu, a norm after each expert",
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_LAYOUTS)
+def test_other_layouts(model_type):
+    """The model's own numbers, bits that no pause changes, and a report that says what was found."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    model = tiny_model(model_type)
+    model.set_experts_implementation("eager")
+
+    @torch.no_grad()
+    def last():
+        return model(IDS, use_cache=False)[0]
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_bias", "post_expert_norm.weight")):
+                parameter.normal_()  # zeros and ones would hide that they were left out
+    wanted = last()
+    flag = PriorityFlag()
+    assert SAID[model_type] in str(install(model, flag))
+    got = last()
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    with flipping(flag):
+        for _ in range(3):
+            assert torch.equal(last(), got)
 
 
 def test_on_the_triton_kernels():
@@ -149,7 +185,7 @@ def test_report():
     assert report.model == "Qwen3MoeForCausalLM"
     assert (first.name, first.class_name) == ("model.layers.0.mlp.experts", "Qwen3MoeExperts")
     assert (first.num_experts, first.hidden_size, first.intermediate_size) == (12, 64, 48)
-    assert (first.activation, first.dtype, first.backend) == ("silu", torch.float32, "torch")
+    assert (first.layout, first.dtype, first.backend) == ("silu", torch.float32, "torch")
     assert "2 experts modules" in str(report)
     assert "model.layers.1.mlp.experts  Qwen3MoeExperts  E=12 H=64 I=48  silu  float32  cpu  torch" in str(
         report
@@ -396,10 +432,6 @@ def test_two_models_with_two_flags():
 
 UNDISPATCHED = "transformers never asks an experts function for this class"
 REASONS = {
-    "gpt_oss": ["GptOssExperts: biases; transposed weights; interleaved gate and up"],
-    "openai_privacy_filter": ["OpenAIPrivacyFilterExperts: biases; transposed weights"],
-    "nemotron_h": [r"NemotronHExperts: no gate \(up_proj only\)"],
-    "deepseek_v4": ["DeepseekV4Experts: its gating is not silu, gelu or gelu_tanh"],
     "llama4_text": [f"Llama4TextExperts: {UNDISPATCHED}"],
     "dbrx": [f"DbrxExperts: {UNDISPATCHED}"],
     "llama": ["LlamaForCausalLM has no MoE experts"],
@@ -408,18 +440,13 @@ REASONS = {
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_refused_architectures(model_type):
-    model = refused_model(model_type)
+    model = tiny_model(model_type)
     before = model.config._experts_implementation
     error = ValueError if model_type == "llama" else UnsupportedExpertsError
     for message in REASONS[model_type]:
         with pytest.raises(error, match=message):
             install(model)
     assert model.config._experts_implementation == before
-    if model_type in ("llama", "llama4_text", "dbrx"):
-        return  # transformers never gets as far as our function
-    model.set_experts_implementation("qllm")
-    with pytest.raises(UnsupportedExpertsError, match="Experts is not supported by qllm-ops"):
-        model(IDS)
 
 
 def test_experts_that_a_forward_does_not_reach():
@@ -439,7 +466,7 @@ def test_experts_that_a_forward_does_not_reach():
 
 def test_one_refused_module_among_good_ones_refuses_all():
     model = make_preset("tiny")
-    model.model.layers[1].mlp.experts.act_fn = ACT2FN["relu"]
-    with pytest.raises(UnsupportedExpertsError, match=r"its gating .* \(model\.layers\.1\.mlp\.experts\)$"):
+    model.model.layers[1].mlp.experts.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(UnsupportedExpertsError, match=r"ignored: extra \(model\.layers\.1\.mlp\.experts\)$"):
         install(model)
     assert model.config._experts_implementation != "qllm"

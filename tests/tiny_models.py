@@ -1,4 +1,4 @@
-"""Tiny models of random weights, beside the presets: architectures that `install` must refuse."""
+"""Tiny models of random weights, beside the presets: other layouts, and what `install` must refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LATENT = {
     "num_key_value_heads": 4,
 }
 
-REFUSED = {
+OTHER_LAYOUTS = {
     "gpt_oss": {**_SIZES, "intermediate_size": 48, "num_local_experts": 8},
     "openai_privacy_filter": {**_SIZES, "intermediate_size": 48, "num_local_experts": 8},
     "nemotron_h": {
@@ -48,6 +48,17 @@ REFUSED = {
         "index_n_heads": 2,
         "index_head_dim": 16,
     },
+    "muse_spark_text": {
+        **_SIZES,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "moe_hidden_size": 32,
+        "num_local_experts": 8,
+    },
+}
+"""Architectures whose experts lie in another way than [gate; up] without biases."""
+
+REFUSED = {
     "llama4_text": {**_SIZES, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 4},
     "dbrx": {
         "d_model": 64,
@@ -61,10 +72,11 @@ REFUSED = {
 }
 
 
-def refused_model(model_type: str) -> PreTrainedModel:
-    """A tiny model of an architecture in REFUSED, seeded."""
-    config = AutoConfig.for_model(model_type, **REFUSED[model_type], pad_token_id=None)
-    auto = AutoModel if model_type == "openai_privacy_filter" else AutoModelForCausalLM
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """A tiny model of an architecture in OTHER_LAYOUTS or REFUSED, seeded."""
+    config = AutoConfig.for_model(model_type, **{**OTHER_LAYOUTS, **REFUSED}[model_type], pad_token_id=None)
+    headless = ("openai_privacy_filter", "muse_spark_text")
+    auto = AutoModel if model_type in headless else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return auto.from_config(config).eval()

@@ -1,0 +1,247 @@
+"""Writes docs/performance.md out of perf/results/*.json, and out of nothing else.
+
+    python perf/performance_page.py
+
+Run it whenever a result was added; a test holds the page against the results. A part without a result
+says "not measured yet".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from goals import best_peer, goals, memory_ratio, name_of
+from gpu_table import summary
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "perf" / "results", ROOT / "docs" / "performance.md"
+
+NOT_YET = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One landed file."""
+
+    path: Path
+    document: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.path.name.partition("-")[0]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Where the kind keeps device, date and command."""
+        return self.document.get("meta", self.document)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and commit."""
+        section = self.document.get("sections", {}).get("environment", {}).get("result", {})
+        return self.document.get("environment") or section or self.meta
+
+
+def main() -> None:
+    PAGE.write_text(page(results(RESULTS)))
+    print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+def results(folder: Path) -> list[Result]:
+    """The newest first."""
+    found = [Result(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    for result in found:
+        if result.kind not in WRITERS:
+            raise ValueError(f"{result.path.name} is of no known kind: {', '.join(WRITERS)}")
+    return sorted(found, key=lambda result: result.meta["date"], reverse=True)
+
+
+def page(found: list[Result]) -> str:
+    lines = [
+        "# Performance",
+        "",
+        "What was measured, each with its device, date, versions and command; written by",
+        "`python perf/performance_page.py` out of `perf/results/`. A ratio is a median over rounds in which",
+        "each implementation ran once, in an order that changed; above 1 means that ours is faster.",
+    ]
+    for kind, (title, about, write) in WRITERS.items():
+        lines += ["", f"## {title}", "", about]
+        mine = [result for result in found if result.kind == kind]
+        for result in mine:
+            lines += ["", *heading(result), "", *write(result)]
+        if not mine:
+            lines += ["", *nothing(kind)]
+    return "\n".join(lines) + "\n"
+
+
+def heading(result: Result) -> Iterator[str]:
+    meta, environment = result.meta, result.environment
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    yield f"### {meta['device']}, {meta['date'][:10]}"
+    yield ""
+    yield f"`{meta['command']}`\\"
+    yield f"{versions}\\"
+    if environment.get("commit"):
+        yield f"commit {environment['commit']}\\"
+    yield f"[{result.path.name}](../perf/results/{result.path.name})"
+
+
+def nothing(kind: str) -> Iterator[str]:
+    if kind != "bench_moe":
+        yield f"**{NOT_YET[0].upper()}{NOT_YET[1:]}.**"
+        return
+    yield from table(
+        ("goal", "asked", "measured"), [(goal.name, goal.asked, NOT_YET) for goal in goals(None)]
+    )
+
+
+# -- one kind of result each -----------------------------------------------------------------------------
+
+
+def bench_moe(result: Result) -> Iterator[str]:
+    document = result.document
+    rows = [(goal.name, goal.asked, goal.measured, goal.verdict) for goal in goals(document)]
+    yield from table(("goal", "asked", "measured", "met"), rows)
+    picture = result.path.with_suffix(".png")
+    if picture.exists():
+        yield from ("", f"![time per layer over tokens](../perf/results/{picture.name})")
+    yield ""
+    columns = ("us", "best peer", "times faster", "floor us", "of copy", "of matmul", "polling", "memory")
+    yield from table(("model, tokens", *columns), [_moe_cells(case) for case in document["cases"]])
+    absent = sorted(
+        {f"{peer}: {why}" for why_not in document["absent"].values() for peer, why in why_not.items()}
+    )
+    yield from ("", *(f"Not compared: {text}." for text in absent))
+
+
+def _moe_cells(case: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in case or "of_copy" not in case:
+        return name_of(case), case.get("error", "not measured"), *[""] * 7
+    best, polled = best_peer(case), case["polling"]
+    star = " (with gaps between its kernels)" if best and best[0] in case["not_captured"] else ""
+    return (
+        name_of(case),
+        quartiles(case["graph_us"]["qllm"], ".1f"),
+        best[0] + star if best else "-",
+        quartiles(best[1], ".2f") if best else "-",
+        f"{case['floor_us']:.1f}, {case['bound_by']}",
+        f"{case['of_copy'] * 100:.0f} %",
+        f"{case['of_matmul'] * 100:.0f} %",
+        f"{polled['overhead'] * 100:+.2f} %" if "overhead" in polled else "not measured",
+        f"{memory_ratio(case['memory']):.2f}x" if case["memory"] else "not measured",
+    )
+
+
+def gpu_check(result: Result) -> Iterator[str]:
+    yield from ("```", *(line for line in "\n".join(summary(result.document)).strip().splitlines()), "```")
+
+
+def bench_torch_moe(result: Result) -> Iterator[str]:
+    document = result.document
+    yield f"{document['dtype']}, {document['threads']} threads. In brackets the range over all rounds."
+    yield ""
+    rows = [
+        (
+            "H {H}, I {I}, E {E}, K {K}".format(**row["shape"]),
+            str(row["shape"]["T"]),
+            f"{row['seconds']['qllm']['median'] * 1e3:.3f}",
+            *(_range(row["ratio"].get(peer)) for peer in ("grouped_mm", "batched_mm", "eager")),
+            f"{row['flag_cost'] * 100:+.1f} %",
+        )
+        for row in document["rows"]
+    ]
+    yield from table(
+        ("layer", "tokens", "ms", "against grouped_mm", "batched_mm", "eager", "cost of a flag"), rows
+    )
+
+
+def _range(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-"
+
+
+def bench_engine(result: Result) -> Iterator[str]:
+    document = result.document
+    asked = document["args"]
+    yield f"{asked['rows']} rows, {asked['new']} new tokens each, preset {asked['preset']}, greedy."
+    yield ""
+    rows = [
+        (
+            str(row["prompt"]),
+            f"{row['generate_tokens_per_s']:.0f}",
+            f"{row['engine_tokens_per_s']:.0f}",
+            f"{row['ratio']:.3f}",
+            f"{row['runs_with_equal_tokens']} of {len(row['engine_s'])}",
+        )
+        for row in document["rows"]
+    ]
+    yield from table(
+        (
+            "prompt tokens",
+            "generate, tokens/s",
+            "engine, tokens/s",
+            "engine / generate",
+            "runs, equal tokens",
+        ),
+        rows,
+    )
+
+
+WRITERS = {
+    "bench_moe": (
+        "One layer on a GPU",
+        """\
+`python perf/bench_moe.py`: Mixtral-8x7B, Qwen3-30B-A3B, OLMoE, DeepSeek-V3 (one layer) and the sizes of
+gpt-oss-20b, T = 1 to 8192 tokens, bfloat16, against transformers' `grouped_mm` and `batched_mm`, and vLLM's
+fused_moe and triton_kernels where they are installed. Every implementation is replayed as a CUDA graph. The
+floor is what must move (weights of the experts that are hit, activations in and out, once each) or be
+computed, at the copy bandwidth and the matmul rate measured in the same run.""",
+        bench_moe,
+    ),
+    "gpu_check": (
+        "Correctness, preemption and a replay on a GPU",
+        """\
+`python perf/gpu_check.py`: errors against float32, bits under preemption, from the order to pause until the
+launch is over, polling, speed, and requests of both classes under every policy.""",
+        gpu_check,
+    ),
+    "bench_torch_moe": (
+        "One layer on a CPU: the torch backend",
+        "`python perf/bench_torch_moe.py`: against transformers' experts implementations.",
+        bench_torch_moe,
+    ),
+    "bench_engine": (
+        "The engine on a CPU",
+        """\
+`python perf/bench_engine.py`: throughput without preemption, against transformers' `generate` on the same
+batch, with the same experts kernels.""",
+        bench_engine,
+    ),
+}
+"""Kind of a result, which its file's name begins with -> title, what it is, and what writes it."""
+
+
+# -- Markdown --------------------------------------------------------------------------------------------
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    head = list(head)
+    yield _row(head)
+    yield _row(["---"] * len(head))
+    for row in rows:
+        yield _row(row)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def quartiles(spread: dict[str, float], form: str) -> str:
+    return f"{spread['p50']:{form}} ({spread['p25']:{form}}-{spread['p75']:{form}})"
+
+
+if __name__ == "__main__":
+    main()
