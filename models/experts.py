@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -160,6 +161,18 @@ def experts_forward(
     Raises:
         UnsupportedExpertsError: the module's layout is not one that `moe` computes.
     """
+    if torch.compiler.is_compiling() and getattr(module, HANDLE, None) is not None:
+        with torch.no_grad():
+            return torch.ops.qllm_ops.experts(
+                hidden_states, top_k_index, top_k_weights, getattr(module, HANDLE).number
+            )
+    return _experts_forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable
+def _experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     layout = experts_layout(module)
     calls = _calls.get()
     if calls is not None:
@@ -186,6 +199,40 @@ def experts_forward(
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         return _NoGradient.apply(output, hidden_states)
     return output
+
+
+# -- under torch.compile ------------------------------------------------------------------------------
+
+HANDLE = "_qllm_handle"
+
+
+class Handle:
+    """What a compiled graph knows a module by. A copy of the module gets none: it is another module."""
+
+    def __init__(self, module: nn.Module):
+        self.number = next(_numbers)
+        NUMBERED[self.number] = module
+
+    def __reduce__(self) -> tuple:  # for copy and pickle alike
+        return type(None), ()
+
+
+NUMBERED: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("qllm_ops::experts", mutates_args=())
+def experts_op(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: int) -> Tensor:
+    """The experts of one module, opaque: its layout, its flag and its weights are looked up when it runs."""
+    experts = NUMBERED.get(module)
+    if experts is None:
+        raise RuntimeError(f"a compiled graph refers to experts module {module}, which no longer exists")
+    return _experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+
+@experts_op.register_fake
+def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: int) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
 
 
 def _warm_up(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
@@ -327,6 +374,8 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
             f"{type(module).__name__} is not supported by qllm-ops: {'; '.join(reasons)}", tuple(reasons)
         )
     _layouts[module] = layout
+    if getattr(module, HANDLE, None) is None:
+        setattr(module, HANDLE, Handle(module))
     return layout
 
 

@@ -17,8 +17,10 @@ needed for a host that waits.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -31,6 +33,11 @@ FULL = 2**31 - 1
 
 PAUSE_TIMEOUT_S = 60.0
 """Deadline of a pause whose owner names none, in seconds."""
+
+NUMBERED: weakref.WeakValueDictionary[int, PriorityFlag] = weakref.WeakValueDictionary()
+"""Every flag by its number: how a compiled graph refers to one."""
+
+_numbers = itertools.count()
 
 Event = Callable[[str, int, float], None]
 
@@ -53,6 +60,7 @@ class PriorityFlag:
     Attributes:
         words: int32 tensor of shape (classes,) on ``device``; what kernels poll. Read only.
         expired: number of pauses that were ended by their deadline.
+        number: unique in this process.
     """
 
     def __init__(
@@ -71,6 +79,8 @@ class PriorityFlag:
             raise ValueError(f"device must be a CPU or a CUDA device, got {self.device}")
         self.words = torch.full((classes,), FULL, dtype=torch.int32, device=self.device)
         self.expired = 0
+        self.number = next(_numbers)
+        NUMBERED[self.number] = self
         self._clock = clock
         self._on_event = on_event or (lambda kind, priority, now: None)
         self._quota = [FULL] * classes

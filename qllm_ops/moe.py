@@ -15,6 +15,7 @@ from torch import Tensor
 from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, check_inputs
+from qllm_ops.library import traced
 from qllm_ops.torch_moe import TorchMoe
 
 BACKENDS = ("auto", "torch", "triton")
@@ -75,14 +76,20 @@ def moe(
 
     Raises:
         TypeError, ValueError: an argument is refused; the message names it.
+
+    torch.compile and torch.export see one operator, `qllm_ops::moe`. Functions of yours (activation,
+    expert_norm) cannot be arguments of an operator: such a call breaks the graph.
     """
-    inputs = check_inputs(
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        top_k_index,
-        top_k_weights,
-        activation,
+    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+    if torch.compiler.is_compiling() and isinstance(activation, (str, Activation)) and expert_norm is None:
+        biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed)
+        return traced(tensors, biases, activation, layout, flag, priority, backend)
+    return _moe(
+        *tensors,
+        flag=flag,
+        priority=priority,
+        backend=backend,
+        activation=activation,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         gated=gated,
@@ -90,6 +97,11 @@ def moe(
         transposed=transposed,
         expert_norm=expert_norm,
     )
+
+
+@torch.compiler.disable
+def _moe(*tensors: Tensor, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:
+    inputs = check_inputs(*tensors, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
     layer = _backend_class(_choose(backend, inputs))(inputs, flag, priority)
     if flag is None and hasattr(layer, "launch_all"):
@@ -113,6 +125,7 @@ class MoeRun:
         backend: "torch" or "triton".
     """
 
+    @torch.compiler.disable
     def __init__(
         self,
         hidden_states: Tensor,
@@ -135,6 +148,7 @@ class MoeRun:
         self._stepping = threading.Lock()
         self._error: BaseException | None = None
 
+    @torch.compiler.disable
     def step(self, max_tiles: int | None = None) -> bool:
         """Compute until every tile is done, ``max_tiles`` more are done, or the class is paused.
 

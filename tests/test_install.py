@@ -117,6 +117,29 @@ def test_other_layouts(model_type):
             assert torch.equal(last(), got)
 
 
+@torch.no_grad()
+def test_a_compiled_model_is_one_graph_and_stands_still_inside_it():
+    torch.compiler.reset()
+    model = make_preset("tiny")
+    flag, parked = parking_flag()
+    install(model, flag)
+    wanted = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(IDS).logits, wanted)
+    flag.pause(0)
+    thread_result = in_thread(lambda: compiled(IDS).logits)
+    assert parked.wait(WAIT_S)
+    flag.resume(0)
+    assert torch.equal(thread_result(), wanted)
+    # A body that says otherwise is heard by the same graph; and a copy is not taken for the original.
+    flag.pause(0)
+    with preemptible(None):
+        assert torch.equal(compiled(IDS).logits, wanted)
+    twin = copy.deepcopy(model)
+    assert torch.equal(torch.compile(twin, backend="aot_eager")(IDS).logits, wanted)
+    flag.resume(0)
+
+
 def test_on_the_triton_kernels():
     """In the interpreter here, for the wiring; the kernels have tests of their own."""
     model = make_preset("tiny")

@@ -1,0 +1,95 @@
+"""`qllm_ops::moe`: the operator as torch.compile and torch.export see it, one opaque node.
+
+Opaque, because it polls a flag that others write and may stand still: nothing there is for a compiler to
+look into. It changes none of its arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm_ops.activation import Activation
+from qllm_ops.flag import NUMBERED, PriorityFlag
+
+NO_FLAG = -1
+
+
+def numbered_flag(number: int) -> PriorityFlag | None:
+    """The flag that a number stands for, as an operator's schema knows no objects.
+
+    Raises RuntimeError if that flag is gone: a compiled graph outlived it, or came from another process.
+    """
+    if number == NO_FLAG:
+        return None
+    flag = NUMBERED.get(number)
+    if flag is None:
+        raise RuntimeError(
+            f"a compiled call of qllm_ops.moe refers to priority flag {number}, which does not exist in this "
+            "process (any more); keep the flag alive, or compile again"
+        )
+    return flag
+
+
+@torch.library.custom_op("qllm_ops::moe", mutates_args=())
+def moe_op(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    kind: str,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    flag: int,
+    priority: int,
+    backend: str,
+) -> Tensor:
+    from qllm_ops.moe import moe  # which imports this module
+
+    return moe(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        activation=Activation(kind, alpha, limit, up_offset),
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        gated=gated,
+        interleaved=interleaved,
+        transposed=transposed,
+        flag=numbered_flag(flag),
+        priority=priority,
+        backend=backend,
+    )
+
+
+def traced(
+    tensors: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, Tensor | None],
+    activation: str | Activation,
+    layout: tuple[bool, bool, bool],
+    flag: PriorityFlag | None,
+    priority: int,
+    backend: str,
+) -> Tensor:
+    """What `moe` is while it is compiled."""
+    if isinstance(activation, str):
+        act = (activation, 1.0, None, 0.0)
+    else:
+        act = (activation.kind, activation.alpha, activation.limit, activation.up_offset)
+    number = NO_FLAG if flag is None else flag.number
+    with torch.no_grad():  # as without a compiler, no gradient is recorded
+        return torch.ops.qllm_ops.moe(*tensors, *biases, *act, *layout, number, priority, backend)
+
+
+@moe_op.register_fake
+def _(hidden_states: Tensor, *args: object) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
