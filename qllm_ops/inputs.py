@@ -33,6 +33,7 @@ class MoeInputs:
     interleaved: bool = False
     transposed: bool = False
     expert_norm: Callable[[Tensor], Tensor] | None = None
+    batch_invariant: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +75,7 @@ def check_inputs(
     interleaved: bool = False,
     transposed: bool = False,
     expert_norm: Callable[[Tensor], Tensor] | None = None,
+    batch_invariant: bool = False,
 ) -> MoeInputs:
     """Refuse what `moe` cannot compute, and return the rest in the form that the backends read.
 
@@ -88,7 +90,8 @@ def check_inputs(
         ValueError: shapes, dtypes or devices do not fit each other, weights are not contiguous,
             or the activation is unknown.
     """
-    for name, value in (("gated", gated), ("interleaved", interleaved), ("transposed", transposed)):
+    switches = {"gated": gated, "interleaved": interleaved, "transposed": transposed}
+    for name, value in {**switches, "batch_invariant": batch_invariant}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if interleaved and not gated:
@@ -124,6 +127,7 @@ def check_inputs(
         interleaved,
         transposed,
         expert_norm,
+        batch_invariant,
     )
     _check_shapes(inputs, layouts)
     for name, tensor in tensors.items():

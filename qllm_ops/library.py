@@ -47,6 +47,7 @@ def moe_op(
     gated: bool,
     interleaved: bool,
     transposed: bool,
+    batch_invariant: bool,
     flag: int,
     priority: int,
     backend: str,
@@ -65,6 +66,7 @@ def moe_op(
         gated=gated,
         interleaved=interleaved,
         transposed=transposed,
+        batch_invariant=batch_invariant,
         flag=numbered_flag(flag),
         priority=priority,
         backend=backend,
@@ -76,6 +78,7 @@ def traced(
     biases: tuple[Tensor | None, Tensor | None],
     activation: str | Activation,
     layout: tuple[bool, bool, bool],
+    batch_invariant: bool,
     flag: PriorityFlag | None,
     priority: int,
     backend: str,
@@ -87,7 +90,9 @@ def traced(
         act = (activation.kind, activation.alpha, activation.limit, activation.up_offset)
     number = NO_FLAG if flag is None else flag.number
     with torch.no_grad():  # as without a compiler, no gradient is recorded
-        return torch.ops.qllm_ops.moe(*tensors, *biases, *act, *layout, number, priority, backend)
+        return torch.ops.qllm_ops.moe(
+            *tensors, *biases, *act, *layout, batch_invariant, number, priority, backend
+        )
 
 
 @moe_op.register_fake

@@ -35,6 +35,7 @@ def moe(
     interleaved: bool = False,
     transposed: bool = False,
     expert_norm: Callable[[Tensor], Tensor] | None = None,
+    batch_invariant: bool = False,
     flag: PriorityFlag | None = None,
     priority: int = 0,
     backend: str = "auto",
@@ -66,6 +67,10 @@ def moe(
         transposed: the weights are (E, H, 2I) and (E, I, H) (gpt-oss).
         expert_norm: a function from (rows, H) to (rows, H), on float32, applied to each expert's output
             before it is weighted. Not fused; it must treat every row alike.
+        batch_invariant: True: a token's output bits depend on that token, its routing and the weights
+            only, and on no other token of the batch. The tiles are then the same for every T, which
+            costs speed where others would be better. Triton backend only; functions of yours must keep
+            the promise, too.
         flag: whose word for ``priority`` pauses the layer between tiles; None for never.
         priority: class of this work, 0 to flag.classes - 1.
         backend: "torch" (any device), "triton" (CUDA; CPU only under TRITON_INTERPRET=1), or "auto":
@@ -83,7 +88,7 @@ def moe(
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     if torch.compiler.is_compiling() and isinstance(activation, (str, Activation)) and expert_norm is None:
         biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed)
-        return traced(tensors, biases, activation, layout, flag, priority, backend)
+        return traced(tensors, biases, activation, layout, batch_invariant, flag, priority, backend)
     return _moe(
         *tensors,
         flag=flag,
@@ -96,6 +101,7 @@ def moe(
         interleaved=interleaved,
         transposed=transposed,
         expert_norm=expert_norm,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -293,7 +299,12 @@ def _choose(backend: str, inputs: MoeInputs) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     on_gpu = inputs.hidden_states.device.type == "cuda"
     if backend == "auto":
-        return "triton" if on_gpu and _triton_installed() else "torch"
+        backend = "triton" if on_gpu and _triton_installed() else "torch"
+    if backend == "torch" and inputs.batch_invariant:
+        raise ValueError(
+            f'batch_invariant=True needs the triton backend, got backend="torch" on '
+            f"{inputs.hidden_states.device}, where the order of a sum depends on the number of tokens"
+        )
     if backend == "triton":
         if not _triton_installed():
             raise ValueError('backend="triton" needs the package triton, which is not installed')

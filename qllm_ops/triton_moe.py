@@ -22,12 +22,24 @@ from qllm_ops.torch_moe import checked
 
 NO_LIMIT = 2**31 - 1
 
+INVARIANT_ROWS = 64
+"""Rows per expert for which tiles are chosen that must be the same for every batch: 64 rows still read
+the weights of a decode batch faster than they multiply, and use the matrix units of a prefill."""
+
 
 class TritonMoe:
     """One MoE layer and its progress on the device.
 
     A backend of `qllm_ops.MoeRun`, which documents the arguments. Making one enqueues the routing
     on the current stream and waits for nothing.
+
+    Memory beside inputs and output, in elements of hidden_states' dtype, with P = T * K and S the tiles
+    that share an output block of the second product (1 to 4)::
+
+        P * I + S * P * H
+
+    and 4 * (9 + 3 * (E + 1)) + 16 * P bytes of state and order. An activation of yours makes the first
+    term P * 2I floats, an expert_norm the second one P * H floats.
 
     Args:
         tiles: the configuration of each phase, instead of the one that `qllm_ops.tiles` picks.
@@ -43,8 +55,11 @@ class TritonMoe:
     ):
         self.inputs = inputs
         self.device = inputs.hidden_states.device
+        num_tokens = inputs.num_tokens
+        if inputs.batch_invariant:  # The same tiles for every number of tokens, those of INVARIANT_ROWS.
+            num_tokens = max(1, INVARIANT_ROWS * inputs.num_experts // inputs.top_k)
         self.tiles = tiles or layer_configs(
-            num_tokens=inputs.num_tokens,
+            num_tokens=num_tokens,
             top_k=inputs.top_k,
             num_experts=inputs.num_experts,
             hidden_size=inputs.hidden_size,

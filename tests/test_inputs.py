@@ -69,6 +69,7 @@ BAD = [
     ("transposed", 1, TypeError, ["True or False", "1"]),
     ("interleaved", None, TypeError, ["True or False", "None"]),
     ("gated", "no", TypeError, ["True or False", "'no'"]),
+    ("batch_invariant", 1, TypeError, ["True or False", "1"]),
     ("expert_norm", 1, TypeError, ["function", "int"]),
     *(
         (name, torch.zeros(shape, dtype=dtype, device="meta"), ValueError, ["meta", "cpu"])

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,6 +245,17 @@ def test_addresses_beyond_32_bits():
         torch.zeros_like(inputs.top_k_index), inputs.top_k_weights,
     )  # fmt: skip
     assert_close(small, uninterrupted(inputs))
+
+
+@pytest.mark.parametrize("few", [1, 7, 64, 300])
+def test_batch_invariance(few):
+    """The bits of some tokens alone are those that they have among 3000."""
+    inputs = replace(layer(3000, 640, 320, 8, 2), batch_invariant=True)
+    whole = uninterrupted(inputs)
+    chosen = torch.randperm(3000, device="cuda")[:few]
+    batch = ("hidden_states", "top_k_index", "top_k_weights")
+    alone = replace(inputs, **{name: vars(inputs)[name][chosen] for name in batch})
+    assert torch.equal(uninterrupted(alone), whole[chosen])
 
 
 def test_warm_up_leaves_nothing_to_compile():

@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from triton.runtime.interpreter import interpreter_builder
 
 from qllm_ops import PriorityFlag, moe, moe_reference, warm_up
-from qllm_ops.activation import ACTIVATIONS
+from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 from qllm_ops.tiles import INTERPRETER, TileConfig
@@ -402,6 +403,49 @@ def test_memory_and_grids_do_not_depend_on_the_routing():
         assert len({getattr(run, attribute).shape for run in runs}) == 1
     for phase in INTERPRETER:
         assert len({run._grid(phase) for run in runs}) == 1
+
+
+@given(layers(fused=True), st.sets(st.integers(0, 5)), st.integers(0, 2**16))
+def test_batch_invariance(inputs, chosen, seed):
+    """Some of the tokens in another order give the bits that they have in the whole batch."""
+    inputs = replace(inputs, batch_invariant=True)
+    expected = uninterrupted(inputs)
+    chosen = [token for token in chosen if token < inputs.num_tokens]
+    random.Random(seed).shuffle(chosen)
+    batch = ("hidden_states", "top_k_index", "top_k_weights")
+    few = replace(inputs, **{name: vars(inputs)[name][chosen] for name in batch})
+    assert torch.equal(uninterrupted(few), expected[chosen])
+
+
+def test_tiles_of_a_batch_invariant_layer_do_not_depend_on_its_tokens(monkeypatch):
+    monkeypatch.setattr("qllm_ops.triton_moe.arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(TritonMoe, "_route", lambda self: None)
+    for hidden, intermediate, experts, top_k in ((64, 96, 4, 2), (256, 64, 40, 8), (32, 32, 1, 1)):
+        runs = {
+            invariant: [
+                TritonMoe(
+                    replace(layer(tokens, hidden, intermediate, experts, top_k), batch_invariant=invariant),
+                    None, 0,
+                ).tiles
+                for tokens in (1, 9, 50, 700)
+            ]
+            for invariant in (True, False)
+        }  # fmt: skip
+        assert all(tiles == runs[True][0] for tiles in runs[True])
+        assert any(tiles != runs[False][0] for tiles in runs[False])  # which is what it costs
+
+
+@given(layers())
+def test_memory_is_what_the_docstring_says(inputs):
+    run = TritonMoe(inputs, None, 0)
+    pairs, size = inputs.num_tokens * inputs.top_k, inputs.hidden_states.element_size()
+    own = not isinstance(inputs.activation, Activation)
+    first = 4 * inputs.gate_up_size if own else size * inputs.intermediate_size
+    second = inputs.hidden_size * (size * run.tiles["down"].split_k if inputs.expert_norm is None else 4)
+    assert run._intermediate.nbytes + run._partial.nbytes == pairs * (first + second)
+    assert run._state.nbytes == 4 * (9 + 3 * (inputs.num_experts + 1))
+    known = ("_intermediate", "_partial", "_state", "_order", "_output")
+    assert {name for name, x in vars(run).items() if isinstance(x, torch.Tensor)} <= set(known)
 
 
 def test_warm_up_computes_nothing_and_leaves_the_flag_alone():
