@@ -27,6 +27,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from qllm_ops import ACTIVATIONS, Activation, MoeRun, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.inputs import DTYPES
+from qllm_ops.library import uncompiled
 from qllm_ops.moe import check_flag
 
 NAME = "qllm"
@@ -166,10 +167,9 @@ def experts_forward(
             return torch.ops.qllm_ops.experts(
                 hidden_states, top_k_index, top_k_weights, getattr(module, HANDLE).number
             )
-    return _experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    return uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
 
 
-@torch.compiler.disable
 def _experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:

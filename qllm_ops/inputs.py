@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,21 +99,20 @@ def check_inputs(
         raise ValueError("interleaved must be False for experts without a gate (gated=False), got True")
     if expert_norm is not None and not callable(expert_norm):
         raise TypeError(f"expert_norm must be a function or None, got {type(expert_norm).__name__}")
-    columns = "2I" if gated else "I"
-    layouts = {
-        "hidden_states": "(T, H)",
-        "gate_up_proj": f"(E, H, {columns})" if transposed else f"(E, {columns}, H)",
-        "down_proj": "(E, I, H)" if transposed else "(E, H, I)",
-        "top_k_index": "(T, K)",
-        "top_k_weights": "(T, K)",
+    tensors = {
+        "hidden_states": hidden_states,
+        "gate_up_proj": gate_up_proj,
+        "down_proj": down_proj,
+        "top_k_index": top_k_index,
+        "top_k_weights": top_k_weights,
     }
     if gate_up_bias is not None:
-        layouts["gate_up_bias"] = f"(E, {columns})"
+        tensors["gate_up_bias"] = gate_up_bias
     if down_bias is not None:
-        layouts["down_bias"] = "(E, H)"
-    tensors = {name: value for name, value in locals().items() if name in layouts}
-    for name, layout in layouts.items():
-        _check_tensor(name, tensors[name], layout)
+        tensors["down_bias"] = down_bias
+    layouts = _layouts(gated, transposed)
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, layouts[name])
     _check_dtypes(**tensors)
     inputs = MoeInputs(
         hidden_states.detach().contiguous(),
@@ -145,13 +145,26 @@ def check_inputs(
     return inputs
 
 
+@functools.cache
+def _layouts(gated: bool, transposed: bool) -> dict[str, str]:
+    columns = "2I" if gated else "I"
+    return {
+        "hidden_states": "(T, H)",
+        "gate_up_proj": f"(E, H, {columns})" if transposed else f"(E, {columns}, H)",
+        "down_proj": "(E, I, H)" if transposed else "(E, H, I)",
+        "top_k_index": "(T, K)",
+        "top_k_weights": "(T, K)",
+        "gate_up_bias": f"(E, {columns})",
+        "down_bias": "(E, H)",
+    }
+
+
 def _check_tensor(name: str, tensor: Tensor, layout: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
-    rank = layout.count(",") + 1
-    if tensor.dim() != rank:
+    if tensor.dim() != (rank := layout.count(",") + 1):
         raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(tensor.shape)}")
 
 

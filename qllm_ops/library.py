@@ -6,6 +6,9 @@ look into. It changes none of its arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,19 @@ def numbered_flag(number: int) -> PriorityFlag | None:
             "process (any more); keep the flag alive, or compile again"
         )
     return flag
+
+
+def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the function; a compiler that is at work does not look into it."""
+    call = _break_graph if torch.compiler.is_compiling() else _call
+    return call(function, *args, **kwargs)
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+_break_graph = torch.compiler.disable(_call)  # costs some microseconds in every call, compiled or not
 
 
 @torch.library.custom_op("qllm_ops::moe", mutates_args=())

@@ -15,7 +15,7 @@ from torch import Tensor
 from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, check_inputs
-from qllm_ops.library import traced
+from qllm_ops.library import traced, uncompiled
 from qllm_ops.torch_moe import TorchMoe
 
 BACKENDS = ("auto", "torch", "triton")
@@ -89,7 +89,8 @@ def moe(
     if torch.compiler.is_compiling() and isinstance(activation, (str, Activation)) and expert_norm is None:
         biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed)
         return traced(tensors, biases, activation, layout, batch_invariant, flag, priority, backend)
-    return _moe(
+    return uncompiled(
+        _moe,
         *tensors,
         flag=flag,
         priority=priority,
@@ -105,7 +106,6 @@ def moe(
     )
 
 
-@torch.compiler.disable
 def _moe(*tensors: Tensor, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:
     inputs = check_inputs(*tensors, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
@@ -131,7 +131,6 @@ class MoeRun:
         backend: "torch" or "triton".
     """
 
-    @torch.compiler.disable
     def __init__(
         self,
         hidden_states: Tensor,
@@ -148,13 +147,15 @@ class MoeRun:
         inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, **experts)
         check_flag(flag, priority, inputs.hidden_states.device)
         self.backend = _choose(backend, inputs)
-        # Buffers made in inference mode could not be written by a step from outside of it.
-        with torch.inference_mode(False):
-            self._layer = _backend_class(self.backend)(inputs, flag, priority)
+        self._layer = uncompiled(self._make_layer, inputs, flag, priority)
         self._stepping = threading.Lock()
         self._error: BaseException | None = None
 
-    @torch.compiler.disable
+    def _make_layer(self, inputs: MoeInputs, flag: PriorityFlag | None, priority: int) -> Any:
+        # Buffers made in inference mode could not be written by a step from outside of it.
+        with torch.inference_mode(False):
+            return _backend_class(self.backend)(inputs, flag, priority)
+
     def step(self, max_tiles: int | None = None) -> bool:
         """Compute until every tile is done, ``max_tiles`` more are done, or the class is paused.
 
@@ -174,7 +175,7 @@ class MoeRun:
             if self._error is not None:
                 raise RuntimeError("an earlier step of this run failed; make a new run") from self._error
             try:
-                return self._layer.step(max_tiles)
+                return uncompiled(self._layer.step, max_tiles)
             except BaseException as error:
                 self._error = error
                 raise

@@ -40,6 +40,8 @@ COMBINE_BYTES = 8 * 2**20
 GROUP_BYTES = 96 * 2**20
 """Most weights of a group that joins experts with few rows: its tiles read memory for 2 to 4 ms."""
 
+SILU = Activation("silu")
+
 Block = tuple[int, int, int]
 """Expert, first row, one past the last row."""
 
@@ -68,7 +70,7 @@ def make_groups(edges: list[int], hidden_size: int, intermediate_size: int) -> l
     for expert, (first, last) in enumerate(itertools.pairwise(edges)):
         if first == last:
             continue
-        for start, stop in split(first, last, most_rows):
+        for start, stop in [(first, last)] if last - first <= most_rows else split(first, last, most_rows):
             if groups and len(groups[-1]) < most_experts and stop - groups[-1][0][1] <= most_rows:
                 groups[-1].append((expert, start, stop))
             else:
@@ -132,7 +134,9 @@ class TorchMoe:
         self._token = pair // x.top_k
         # slot[t * K + k] is the row at which the pair (t, k) is computed.
         slot = torch.empty_like(pair)
-        slot.scatter_(0, pair, torch.arange(pair.numel(), device=pair.device))
+        numbers = torch.arange(pair.numel(), device=pair.device)
+        slot.scatter_(0, pair, numbers)
+        self._bags = numbers[:: x.top_k]  # where the pairs of every token begin
         weights = x.top_k_weights.to(torch.float32).reshape(-1)
         skips = edges[-1] - edges[0] < pair.numel()
         if skips:  # All of them point at one more row, which is zero.
@@ -147,8 +151,8 @@ class TorchMoe:
         self._groups = make_groups(edges, x.hidden_size, x.intermediate_size)
         self._combines = split(0, x.num_tokens, max(1, COMBINE_BYTES // (4 * x.top_k * x.hidden_size)))
         rows = max((group[-1][2] - group[0][1] for group in self._groups), default=0)
-        self._x = self._new(rows, x.hidden_size)
         self._gate_up = self._new(rows, x.gate_up_size)
+        self._gated = self._new(rows, x.intermediate_size)
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.inputs.hidden_states.device)
@@ -163,23 +167,22 @@ class TorchMoe:
 
     def _up(self, group: list[Block]) -> None:
         """One group from hidden states to activation(gate) * up, in `_gated`."""
-        hidden_states, start, stop = self.inputs.hidden_states, group[0][1], group[-1][2]
-        x = self._x[: stop - start]
-        if hidden_states.dtype == torch.float32:
-            torch.index_select(hidden_states, 0, self._token[start:stop], out=x)
-        else:
-            x.copy_(hidden_states.index_select(0, self._token[start:stop]))
+        start, stop = group[0][1], group[-1][2]
+        x = self.inputs.hidden_states.index_select(0, self._token[start:stop]).float()
         out = self._gate_up[: stop - start]
         gate_up = self._multiply(x, self._right[0], self.inputs.gate_up_bias, group, out)
-        self._gated = activate_(gate_up, self.inputs)
+        activate(gate_up, self.inputs, self._gated[: stop - start])
 
     def _down(self, group: list[Block]) -> None:
         """One group from there to its rows of `_pair_out`."""
-        out = self._pair_out[group[0][1] : group[-1][2]]
-        down = self._multiply(self._gated, self._right[1], self.inputs.down_bias, group, out)
+        start, stop = group[0][1], group[-1][2]
+        gated, out = self._gated[: stop - start], self._pair_out[start:stop]
+        down = self._multiply(gated, self._right[1], self.inputs.down_bias, group, out)
         if self.inputs.expert_norm is not None:
             down = checked("expert_norm", self.inputs.expert_norm(down), down.shape)
-        if down is not out:
+        if down.shape == self._pair_out.shape:  # all there is
+            self._pair_out = down
+        elif down is not out:
             out.copy_(down)
 
     def _multiply(
@@ -189,7 +192,11 @@ class TorchMoe:
         (first, begin, _), (last, _, end) = group[0], group[-1]
         # One call for many experts, but it also spends some time on those between them that have no rows.
         if self._can_group and 2 * len(group) > last - first + 5:
-            ends = (self._ends[first : last + 1] - begin).clamp_(max=len(x))
+            ends = self._ends[first : last + 1]
+            if (
+                begin or len(self._groups) > 1
+            ):  # An expert may also have rows in the next group, or in the one before.
+                ends = (ends - begin).clamp_(max=len(x))
             out = F.grouped_mm(x, right[first : last + 1], offs=ends)
         else:
             for expert, start, stop in group:
@@ -199,12 +206,9 @@ class TorchMoe:
 
     def _combine(self, start: int, stop: int) -> None:
         """Rows start..stop of the output: the weighted sum over k, in order, in float32."""
-        k = self.inputs.top_k
-        pairs = slice(start * k, stop * k)
-        first = torch.arange(0, (stop - start) * k, k, device=self._slot.device)
-        sums, *_ = torch.embedding_bag(
-            self._pair_out, self._slot[pairs], first, mode=0, per_sample_weights=self._weights[pairs]
-        )
+        pairs = slice(start * self.inputs.top_k, stop * self.inputs.top_k)
+        slot, weights, bags = self._slot[pairs], self._weights[pairs], self._bags[: stop - start]
+        sums, *_ = torch.embedding_bag(self._pair_out, slot, bags, mode=0, per_sample_weights=weights)
         self._output[start:stop] = sums
 
 
@@ -220,24 +224,21 @@ def can_group(inputs: MoeInputs) -> bool:
     )
 
 
-def activate_(gate_up: Tensor, inputs: MoeInputs) -> Tensor:
-    """What goes into the second product, (rows, I). Overwrites ``gate_up``."""
+def activate(gate_up: Tensor, inputs: MoeInputs, out: Tensor) -> None:
+    """What goes into the second product, (rows, I), into ``out``. Overwrites ``gate_up``."""
     activation = inputs.activation
     if not isinstance(activation, Activation):
-        shape = (len(gate_up), inputs.intermediate_size)
-        return checked("activation", activation(gate_up), shape).float()
-    if not inputs.gated:
-        return activation(None, gate_up)
-    if inputs.interleaved:
-        # As an Activation is defined, not in place: the halves are not contiguous.
-        return activation(gate_up[:, ::2], gate_up[:, 1::2])
-    gate, up = gate_up.chunk(2, dim=1)
-    if not activation.plain or activation.kind in ("relu", "relu2"):
-        return activation(gate, up)
-    if activation.kind == "silu":
-        return F.silu(gate, inplace=True).mul_(up)
-    approximate = "tanh" if activation.kind == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_(gate, approximate=approximate).mul_(up)
+        out.copy_(checked("activation", activation(gate_up), out.shape))
+    elif not inputs.gated:
+        out.copy_(activation(None, gate_up))
+    elif inputs.interleaved:
+        out.copy_(activation(gate_up[:, ::2], gate_up[:, 1::2]))
+    else:
+        gate, up = gate_up.chunk(2, dim=1)
+        if activation == SILU:  # The most frequent one makes no new tensor.
+            torch.mul(F.silu(gate, inplace=True), up, out=out)
+        else:
+            out.copy_(activation(gate, up))
 
 
 def checked(name: str, result: object, shape: tuple[int, ...]) -> Tensor:
