@@ -66,6 +66,7 @@ def plan(c: Context, shapes: Sequence[Shape] | None = None) -> list[list[Any]]:
                 num_tokens=num_tokens, top_k=shape.top_k, num_experts=shape.num_experts,
                 hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
                 dtype=getattr(torch, dtype), arch=arch_of(c.device),
+                device_name=torch.cuda.get_device_name(c.device) if c.device.type == "cuda" else None,
             )  # fmt: skip
             if configs not in seen:
                 seen.append(configs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import AnyActivation, as_activation
+from qllm_ops.tiles import EXIT_US, check_max_exit_us
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -35,6 +36,7 @@ class MoeInputs:
     transposed: bool = False
     expert_norm: Callable[[Tensor], Tensor] | None = None
     batch_invariant: bool = False
+    max_exit_us: float = EXIT_US
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +79,7 @@ def check_inputs(
     transposed: bool = False,
     expert_norm: Callable[[Tensor], Tensor] | None = None,
     batch_invariant: bool = False,
+    max_exit_us: float = EXIT_US,
 ) -> MoeInputs:
     """Refuse what `moe` cannot compute, and return the rest in the form that the backends read.
 
@@ -97,6 +100,7 @@ def check_inputs(
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if interleaved and not gated:
         raise ValueError("interleaved must be False for experts without a gate (gated=False), got True")
+    check_max_exit_us(max_exit_us)
     if expert_norm is not None and not callable(expert_norm):
         raise TypeError(f"expert_norm must be a function or None, got {type(expert_norm).__name__}")
     tensors = {
@@ -128,6 +132,7 @@ def check_inputs(
         transposed,
         expert_norm,
         batch_invariant,
+        max_exit_us,
     )
     _check_shapes(inputs, layouts)
     for name, tensor in tensors.items():

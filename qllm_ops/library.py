@@ -64,6 +64,7 @@ def moe_op(
     interleaved: bool,
     transposed: bool,
     batch_invariant: bool,
+    max_exit_us: float,
     flag: int,
     priority: int,
     backend: str,
@@ -83,6 +84,7 @@ def moe_op(
         interleaved=interleaved,
         transposed=transposed,
         batch_invariant=batch_invariant,
+        max_exit_us=max_exit_us,
         flag=numbered_flag(flag),
         priority=priority,
         backend=backend,
@@ -94,7 +96,7 @@ def traced(
     biases: tuple[Tensor | None, Tensor | None],
     activation: str | Activation,
     layout: tuple[bool, bool, bool],
-    batch_invariant: bool,
+    tiles: tuple[bool, float],
     flag: PriorityFlag | None,
     priority: int,
     backend: str,
@@ -106,9 +108,7 @@ def traced(
         act = (activation.kind, activation.alpha, activation.limit, activation.up_offset)
     number = NO_FLAG if flag is None else flag.number
     with torch.no_grad():  # as without a compiler, no gradient is recorded
-        return torch.ops.qllm_ops.moe(
-            *tensors, *biases, *act, *layout, batch_invariant, number, priority, backend
-        )
+        return torch.ops.qllm_ops.moe(*tensors, *biases, *act, *layout, *tiles, number, priority, backend)
 
 
 @moe_op.register_fake

@@ -16,6 +16,7 @@ from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.library import traced, uncompiled
+from qllm_ops.tiles import EXIT_US, unsupported
 from qllm_ops.torch_moe import TorchMoe
 
 BACKENDS = ("auto", "torch", "triton")
@@ -36,6 +37,7 @@ def moe(
     transposed: bool = False,
     expert_norm: Callable[[Tensor], Tensor] | None = None,
     batch_invariant: bool = False,
+    max_exit_us: float = EXIT_US,
     flag: PriorityFlag | None = None,
     priority: int = 0,
     backend: str = "auto",
@@ -71,10 +73,13 @@ def moe(
             only, and on no other token of the batch. The tiles are then the same for every T, which
             costs speed where others would be better. Triton backend only; functions of yours must keep
             the promise, too.
+        max_exit_us: how long a tile, and so leaving, may take at the device's peak rates, in
+            microseconds; float("inf") for the fastest tiles. How sums are cut depends on it, and with
+            that their last bits. Triton backend; a tile of the torch backend takes milliseconds.
         flag: whose word for ``priority`` pauses the layer between tiles; None for never.
         priority: class of this work, 0 to flag.classes - 1.
         backend: "torch" (any device), "triton" (CUDA; CPU only under TRITON_INTERPRET=1), or "auto":
-            triton for CUDA tensors where it is installed, else torch.
+            triton for CUDA tensors where it is installed and runs on the device, else torch.
 
     Returns:
         (T, H) in the dtype of hidden_states. Its bits do not depend on any pause.
@@ -88,7 +93,9 @@ def moe(
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     if torch.compiler.is_compiling() and isinstance(activation, (str, Activation)) and expert_norm is None:
         biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed)
-        return traced(tensors, biases, activation, layout, batch_invariant, flag, priority, backend)
+        return traced(
+            tensors, biases, activation, layout, (batch_invariant, max_exit_us), flag, priority, backend
+        )
     return uncompiled(
         _moe,
         *tensors,
@@ -103,6 +110,7 @@ def moe(
         transposed=transposed,
         expert_norm=expert_norm,
         batch_invariant=batch_invariant,
+        max_exit_us=max_exit_us,
     )
 
 
@@ -300,7 +308,8 @@ def _choose(backend: str, inputs: MoeInputs) -> str:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     on_gpu = inputs.hidden_states.device.type == "cuda"
     if backend == "auto":
-        backend = "triton" if on_gpu and _triton_installed() else "torch"
+        able = on_gpu and _triton_installed() and unsupported(inputs.hidden_states.device) is None
+        backend = "triton" if able else "torch"
     if backend == "torch" and inputs.batch_invariant:
         raise ValueError(
             f'batch_invariant=True needs the triton backend, got backend="torch" on '

@@ -2,23 +2,39 @@
 
 A tile is also what a paused class waits for, so its size is a bargain: a large tile multiplies faster,
 a small one leaves sooner. The tables hold the tiles that multiply fastest; `tile_config` then makes
-them smaller until one takes no longer than EXIT_US at the device's peak rates.
+them smaller until one takes no longer than `max_exit_us` at the device's peak rates.
 
-Every entry compiles without a register spilled (tests/test_compile.py). None has been timed on a GPU
-yet: the reasons given are arithmetic.
+    heuristics     the tables below: whatever the device
+    tuned tables   qllm_ops/tuned/DEVICE.json, entries that were timed on that device and won
+    max_exit_us    makes the tiles of either smaller
+    fit_device     refuses, before a launch, what the device at hand cannot run
+
+Every entry of the heuristics compiles without a register spilled (tests/test_compile.py). None has been
+timed on a GPU yet: the reasons given are arithmetic. Nothing is timed while a user waits; `perf/tune.py`
+times and writes the tuned tables.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
 
 import torch
 
 PHASES = ("gate_up", "down", "combine")
 
 EXIT_US = 30.0
-"""Longest time of one tile, in microseconds, and so of leaving a phase."""
+"""Longest time of one tile, in microseconds, and so of leaving a phase, unless a caller chooses another."""
+
+TUNED = Path(__file__).with_name("tuned")
+"""Where the tuned tables lie, one file for each device."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ INTERPRETER = {
 
 def tile_config(
     phase: str, *, num_tokens: int, top_k: int, num_experts: int, n: int, k: int, dtype: torch.dtype,
-    arch: str,
+    arch: str, max_exit_us: float = EXIT_US, device_name: str | None = None,
 ) -> TileConfig:  # fmt: skip
     """The tiles of one phase of one layer.
 
@@ -159,23 +175,58 @@ def tile_config(
         n, k: columns of the phase's output and length of its sums: (I, H), (H, I) or (H, K).
         dtype: of hidden_states.
         arch: as :func:`arch_of` gives it.
+        max_exit_us: how long a tile may take at the device's peak rates, as :func:`tile_us` estimates it;
+            float("inf") for the fastest tiles, whatever they take. Tiles are not cut below MIN_WEIGHT_ROWS
+            and sums not into more than MAX_PARTS, so a small number may not be reached. How a sum is cut
+            shows in its last bits.
+        device_name: whose tuned table is looked at before the heuristics; None for the heuristics alone.
     """
+    check_max_exit_us(max_exit_us)
     if arch == "interpreter":
         return INTERPRETER[phase]
+    most_rows, block_m, read_once = row_class(num_tokens, top_k, num_experts)
+    table = tuned_table(device_name, arch)
+    tuned = table.get(TileKey(phase, most_rows, n, k, _dtype_name(dtype))) if table else None
     if phase == "combine":
-        # One token, 16 bytes a thread. Eight programs hide the latency of memory.
-        block_n = min(1024 if dtype.itemsize == 2 else 512, 1 << (n - 1).bit_length())
-        return TileConfig(1, max(block_n, 128), 1, 4, 1, 8)
+        return tuned or _combine(n, dtype)
+    config = tuned or _fastest(phase, block_m, dtype, arch)
+    return within_exit(phase, config, k, dtype, arch, read_once, max_exit_us)
 
+
+def check_max_exit_us(max_exit_us: float) -> None:
+    # bool is a number to Python, and NaN is not above 0.
+    if not isinstance(max_exit_us, Real) or isinstance(max_exit_us, bool) or not max_exit_us > 0:
+        raise ValueError(
+            "max_exit_us must be a positive number of microseconds, or float('inf') for the fastest tiles "
+            f"whatever they take, got {max_exit_us!r}"
+        )
+
+
+def row_class(num_tokens: int, top_k: int, num_experts: int) -> tuple[float, int, bool]:
+    """The entry of ROW_CLASSES for a layer of so many tokens."""
     rows = num_tokens * top_k / num_experts
-    _, block_m, read_once = next(c for c in ROW_CLASSES if rows <= c[0])
+    return next(entry for entry in ROW_CLASSES if rows <= entry[0])
+
+
+def _combine(n: int, dtype: torch.dtype) -> TileConfig:
+    # One token, 16 bytes a thread. Eight programs hide the latency of memory.
+    block_n = min(1024 if dtype.itemsize == 2 else 512, 1 << (n - 1).bit_length())
+    return TileConfig(1, max(block_n, 128), 1, 4, 1, 8)
+
+
+def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str) -> TileConfig:
     table = TILES_32_BIT if dtype.itemsize == 4 else TILES_16_BIT[{"sm_86": "sm_80"}.get(arch, arch)]
     config = table[phase][block_m]
-    config = replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch))
+    return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch))
 
+
+def within_exit(
+    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool, max_exit_us: float
+) -> TileConfig:
+    """``config`` with narrower tiles, and in down shorter sums, until a tile takes no longer than it may."""
     sides = 2 if phase == "gate_up" else 1
     while (
-        tile_us(phase, config, k, dtype, arch, read_once) > EXIT_US
+        tile_us(phase, config, k, dtype, arch, read_once) > max_exit_us
         and config.block_n * sides // 2 >= MIN_WEIGHT_ROWS[config.block_m]
     ):
         config = replace(config, block_n=config.block_n // 2)
@@ -183,8 +234,9 @@ def tile_config(
             config = replace(config, block_k=config.block_k * 2)
     if phase == "down":
         # A part must stay long enough for its loads to get into step: four turns of the inner loop.
-        parts = math.ceil(tile_us(phase, config, k, dtype, arch, read_once) / EXIT_US)
-        config = replace(config, split_k=max(1, min(parts, MAX_PARTS, k // (4 * config.block_k))))
+        parts = config.split_k * math.ceil(tile_us(phase, config, k, dtype, arch, read_once) / max_exit_us)
+        parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
+        config = replace(config, split_k=max(config.split_k, parts))
     return config
 
 
@@ -213,6 +265,87 @@ def _programs_that_fit(phase: str, config: TileConfig, dtype: torch.dtype, arch:
     return max(1, min(config.programs_per_sm, fit))
 
 
+# -- what the device at hand can run -----------------------------------------------------------------------
+
+LEAST_CAPABILITY = (8, 0)
+"""Products of bfloat16 and copies from memory to shared memory that nobody waits for begin here, and so
+does what Triton supports."""
+
+
+def fit_device(
+    configs: dict[str, TileConfig], dtype: torch.dtype, device: torch.device
+) -> dict[str, TileConfig]:
+    """The configurations of a layer as ``device`` can run them. To be called before anything is launched.
+
+    Tiles that need more shared memory than a program may have become smaller. What the device cannot do
+    at all raises ValueError, which says what it has, what is needed and what to do instead.
+    """
+    if device.type == "cpu":
+        return configs
+    refusal = unsupported(device)
+    if refusal:
+        raise ValueError(refusal)
+    available = _shared_bytes_of(device)
+    fitting = {}
+    for phase, config in configs.items():
+        fitting[phase] = fit_shared(phase, config, dtype, available)
+        needed = shared_bytes(phase, fitting[phase], dtype)
+        if needed > available:
+            half = ", and float16 or bfloat16 take half of it" if dtype.itemsize == 4 else ""
+            raise ValueError(
+                f"the least tiles of {phase} in {_dtype_name(dtype)} need {needed} bytes of shared memory, "
+                f'{_describe(device)} has {available} for one program; backend="torch" needs none{half}'
+            )
+    return fitting
+
+
+@functools.cache
+def unsupported(device: torch.device) -> str | None:
+    """Why ``device`` cannot run the Triton kernels whatever the layer; None if it can."""
+    if device.type == "cpu" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    return (
+        f'backend="triton" needs compute capability {_dotted(LEAST_CAPABILITY)} or newer (products of '
+        f"bfloat16, asynchronous copies), {_describe(device)} has {_dotted(capability)}; "
+        'backend="torch" runs there'
+    )
+
+
+def fit_shared(phase: str, config: TileConfig, dtype: torch.dtype, available: int) -> TileConfig:
+    """``config`` with less in shared memory, until it fits or is at its smallest."""
+    while phase != "combine" and shared_bytes(phase, config, dtype) > available:
+        # Fewer loads under way hurt less than shorter ones, and those less than narrower tiles.
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_k > 16:
+            config = replace(config, block_k=config.block_k // 2)
+        elif config.block_n > 16:
+            config = replace(config, block_n=config.block_n // 2)
+        else:
+            break
+    return config
+
+
+@functools.cache
+def _shared_bytes_of(device: torch.device) -> int:
+    """Shared memory that one program may have. Which of the two torch knows depends on its build."""
+    properties = torch.cuda.get_device_properties(device)
+    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+    most = max(getattr(properties, name, 0) for name in names)
+    return most or MULTIPROCESSORS[arch_of(device)].shared_bytes
+
+
+def _describe(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def arch_of(device: torch.device) -> str:
     """The table that ``device`` uses: the newest architecture that is not newer, by name."""
     if device.type == "cpu":
@@ -224,6 +357,127 @@ def arch_of(device: torch.device) -> str:
         return "sm_90" if major < 12 else "sm_86"  # 12.x are cards with 99 KB of shared memory again
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
+
+# -- tuned tables ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileKey:
+    """What decides a configuration on one device, and what an entry of its tuned table is found by."""
+
+    phase: str
+    most_rows: float  # of the class of rows; in the file null stands for the last one's infinity
+    n: int
+    k: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.phase}, up to {self.most_rows} rows, n = {self.n}, k = {self.k}, {self.dtype}"
+
+
+def table_path(device_name: str) -> Path:
+    """The file of a device's tuned table, whether or not there is one."""
+    safe = re.sub(r"[^A-Za-z0-9 ._-]+", "_", device_name).strip(" .")
+    return TUNED / f"{safe}.json"
+
+
+@functools.cache
+def tuned_table(device_name: str | None, arch: str) -> dict[TileKey, TileConfig]:
+    """The tuned table of a device, read once; empty where nothing was tuned. Not to be changed."""
+    path = None if device_name is None else table_path(device_name)
+    if path is None or not path.exists():
+        return {}
+    table = read_table(path)
+    for head, wanted in (("device", device_name), ("arch", arch)):
+        if table[head] != wanted:
+            raise ValueError(f"{path}: the table is of {head} {table[head]!r}, wanted {wanted!r}")
+    return {entry_key(entry): TileConfig(**entry["tiles"]) for entry in table["entries"]}
+
+
+HEAD = ("device", "arch", "date", "versions", "command", "entries")
+"""What a tuned table says, in order: where, when and how it was last measured, then what won."""
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A tuned table as it is in the file. What is wrong with it raises ValueError with the file and entry."""
+    try:
+        table = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{path}: not a tuned table, which is JSON: {error}") from error
+    if not isinstance(table, dict) or not set(HEAD) <= set(table):
+        raise ValueError(f"{path}: a tuned table is an object of {', '.join(HEAD)}")
+    if table["arch"] not in MULTIPROCESSORS:
+        raise ValueError(f"{path}: arch must be one of {', '.join(MULTIPROCESSORS)}, got {table['arch']!r}")
+    if not isinstance(table["entries"], list):
+        raise ValueError(f"{path}: entries must be a list")
+    seen = set()
+    for number, entry in enumerate(table["entries"]):
+        try:
+            key = entry_key(entry)
+            problem = "is there twice" if key in seen else _problem(key, entry["tiles"], table["arch"])
+            seen.add(key)
+        except (KeyError, TypeError) as error:
+            key, problem = "?", f"must have the fields of a key and of tiles: {type(error).__name__} {error}"
+        if problem:
+            raise ValueError(f"{path}: entry {number} ({key}) {problem}")
+    return table
+
+
+def entry_key(entry: dict[str, Any]) -> TileKey:
+    key = TileKey(**entry["key"])
+    return replace(key, most_rows=float("inf") if key.most_rows is None else key.most_rows)
+
+
+def new_entry(key: TileKey, config: TileConfig, measured: dict[str, Any]) -> dict[str, Any]:
+    """An entry as the file has it, ``measured`` being what it won by. JSON has no infinity."""
+    most_rows = None if math.isinf(key.most_rows) else key.most_rows
+    return {"key": asdict(replace(key, most_rows=most_rows)), "tiles": asdict(config), "measured": measured}
+
+
+def _problem(key: TileKey, tiles: dict[str, int], arch: str) -> str | None:
+    """What is wrong with an entry; None if nothing is."""
+    dtypes = {_dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    classes = [most for most, _, _ in ROW_CLASSES]
+    if key.phase not in PHASES or key.dtype not in dtypes or key.most_rows not in classes:
+        return f"is of a phase, dtype or class of rows that is none: {PHASES}, {tuple(dtypes)}, {classes}"
+    if not _positive_integers((key.n, key.k)):
+        return "must have positive integers as n and k"
+    names = [field.name for field in fields(TileConfig)]
+    if sorted(tiles) != sorted(names) or not _positive_integers(tiles.values()):
+        return f"must give all of {', '.join(names)} as positive integers"
+    return tiles_problem(key.phase, TileConfig(**tiles), dtypes[key.dtype], arch)
+
+
+def tiles_problem(phase: str, config: TileConfig, dtype: torch.dtype, arch: str) -> str | None:
+    """Why the kernels cannot have these tiles on ``arch``; None if they can."""
+    powers = (config.block_m, config.block_n, config.block_k, config.num_warps)
+    if any(value & (value - 1) for value in powers):
+        return "must have powers of two as blocks and warps"
+    if not config.split_k <= (MAX_PARTS if phase == "down" else 1):
+        return f"splits k into {config.split_k}; down may into {MAX_PARTS}, the other phases not at all"
+    if phase == "combine":
+        return None
+    if config.block_m not in MIN_WEIGHT_ROWS or min(config.block_n, config.block_k) < 16:
+        return f"must have a block_m of {tuple(MIN_WEIGHT_ROWS)}, and blocks of at least 16"
+    if _programs_that_fit(phase, config, dtype, arch) < config.programs_per_sm or (
+        shared_bytes(phase, config, dtype) > MULTIPROCESSORS[arch].shared_bytes
+    ):
+        return (
+            f"does not fit: {config.programs_per_sm} programs of {shared_bytes(phase, config, dtype)} bytes "
+            f"of shared memory on a multiprocessor that has {MULTIPROCESSORS[arch].shared_bytes}"
+        )
+    return None
+
+
+def _positive_integers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# -- whole layers ------------------------------------------------------------------------------------------
 
 MODELS = {
     # (hidden size, intermediate size, experts, top k)
@@ -237,18 +491,23 @@ MODELS = {
 
 def layer_configs(
     *, num_tokens: int, top_k: int, num_experts: int, hidden_size: int, intermediate_size: int,
-    dtype: torch.dtype, arch: str,
+    dtype: torch.dtype, arch: str, max_exit_us: float = EXIT_US, device_name: str | None = None,
 ) -> dict[str, TileConfig]:  # fmt: skip
-    """The tiles of all phases of one layer."""
-    sizes = {
+    """The tiles of all phases of one layer. Arguments as of :func:`tile_config`."""
+    layer = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
+    device = {"arch": arch, "max_exit_us": max_exit_us, "device_name": device_name}
+    return {
+        phase: tile_config(phase, n=n, k=k, dtype=dtype, **layer, **device)
+        for phase, (n, k) in phase_sizes(top_k, hidden_size, intermediate_size).items()
+    }
+
+
+def phase_sizes(top_k: int, hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:
+    """(n, k) of every phase: columns of its output and length of its sums."""
+    return {
         "gate_up": (intermediate_size, hidden_size),
         "down": (hidden_size, intermediate_size),
         "combine": (hidden_size, top_k),
-    }
-    layer = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
-    return {
-        phase: tile_config(phase, n=n, k=k, dtype=dtype, arch=arch, **layer)
-        for phase, (n, k) in sizes.items()
     }
 
 
@@ -260,7 +519,7 @@ def token_counts(top_k: int, num_experts: int) -> list[int]:
 
 
 def shipped_configs(arch: str, dtype: torch.dtype) -> dict[tuple[str, TileConfig], str]:
-    """Every (phase, configuration) that a known model reaches on ``arch``, and the first such model."""
+    """Every (phase, configuration) on ``arch`` of a known model or a tuned table, and the first of them."""
     reached: dict[tuple[str, TileConfig], str] = {}
     for name, (hidden_size, intermediate_size, num_experts, top_k) in MODELS.items():
         for num_tokens in token_counts(top_k, num_experts):
@@ -270,4 +529,9 @@ def shipped_configs(arch: str, dtype: torch.dtype) -> dict[tuple[str, TileConfig
             )  # fmt: skip
             for item in configs.items():
                 reached.setdefault(item, name)
+    for path in sorted(TUNED.glob("*.json")):
+        table = read_table(path)
+        for entry in table["entries"] if table["arch"] == arch else ():
+            if entry["key"]["dtype"] == _dtype_name(dtype):
+                reached.setdefault((entry["key"]["phase"], TileConfig(**entry["tiles"])), path.name)
     return reached

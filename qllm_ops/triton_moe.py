@@ -17,7 +17,7 @@ from qllm_ops.activation import Activation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs
 from qllm_ops.kernels import moe as kernels
-from qllm_ops.tiles import TileConfig, arch_of, layer_configs, token_counts
+from qllm_ops.tiles import TileConfig, arch_of, fit_device, layer_configs, token_counts
 from qllm_ops.torch_moe import checked
 
 NO_LIMIT = 2**31 - 1
@@ -58,14 +58,11 @@ class TritonMoe:
         num_tokens = inputs.num_tokens
         if inputs.batch_invariant:  # The same tiles for every number of tokens, those of INVARIANT_ROWS.
             num_tokens = max(1, INVARIANT_ROWS * inputs.num_experts // inputs.top_k)
-        self.tiles = tiles or layer_configs(
-            num_tokens=num_tokens,
-            top_k=inputs.top_k,
-            num_experts=inputs.num_experts,
-            hidden_size=inputs.hidden_size,
-            intermediate_size=inputs.intermediate_size,
-            dtype=inputs.hidden_states.dtype,
-            arch=arch_of(self.device),
+        self.tiles = tiles or tiles_for(
+            (num_tokens, inputs.top_k, inputs.num_experts, inputs.hidden_size, inputs.intermediate_size),
+            inputs.hidden_states.dtype,
+            self.device,
+            inputs.max_exit_us,
         )
         if inputs.expert_norm is not None:  # It is a norm of the whole sum.
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
@@ -381,6 +378,26 @@ class TritonMoe:
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.lru_cache(4096)
+def tiles_for(
+    sizes: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, max_exit_us: float
+) -> dict[str, TileConfig]:
+    """The tiles of a layer of T, K, E, H, I. ValueError, before any launch, if the device cannot run them."""
+    num_tokens, top_k, num_experts, hidden_size, intermediate_size = sizes
+    configs = layer_configs(
+        num_tokens=num_tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        dtype=dtype,
+        arch=arch_of(device),
+        max_exit_us=max_exit_us,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    )
+    return fit_device(configs, dtype, device)
 
 
 @functools.cache

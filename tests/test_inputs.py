@@ -69,6 +69,8 @@ BAD = [
     ("transposed", 1, TypeError, ["True or False", "1"]),
     ("interleaved", None, TypeError, ["True or False", "None"]),
     ("gated", "no", TypeError, ["True or False", "'no'"]),
+    ("max_exit_us", -1.0, ValueError, ["positive", "-1.0"]),
+    ("max_exit_us", None, ValueError, ["positive", "None"]),
     ("batch_invariant", 1, TypeError, ["True or False", "1"]),
     ("expert_norm", 1, TypeError, ["function", "int"]),
     *(

@@ -114,7 +114,7 @@ def arguments(case, flag=-1, priority=0, backend="torch"):
         *(given[name] for name in five), given.get("gate_up_bias"), given.get("down_bias"),
         case.activation, 1.0, None, 0.0,
         given.get("gated", True), given.get("interleaved", False), given.get("transposed", False),
-        False, flag, priority, backend,
+        False, 30.0, flag, priority, backend,
     )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """The choice of tiles: what the compiler takes, within the time of an exit, few sets of them per layer."""
 
+import hashlib
 import itertools
+import json
+from dataclasses import asdict, astuple, replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,18 +11,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qllm_ops import tiles
 from qllm_ops.tiles import (
     EXIT_US,
+    INTERPRETER,
+    MIN_WEIGHT_ROWS,
     MODELS,
     MULTIPROCESSORS,
     PHASES,
     ROW_CLASSES,
+    TUNED,
+    TileConfig,
+    TileKey,
     arch_of,
+    fit_device,
+    fit_shared,
     layer_configs,
+    new_entry,
     shared_bytes,
     shipped_configs,
+    table_path,
+    tile_config,
     tile_us,
     token_counts,
+    unsupported,
 )
 
 ARCHS = ("sm_90", "sm_80", "sm_86", "gfx942")
@@ -51,6 +66,10 @@ def test_every_configuration_can_be_compiled(sizes, num_tokens, arch, dtype):
             # The least that the matrix units take, and that all resident programs can have.
             assert min(config.block_m, config.block_n, config.block_k) >= 16
             bytes_wanted = config.programs_per_sm * shared_bytes(phase, config, dtype)
+            if arch in ("sm_80", "sm_86"):
+                # mma.sync has what it multiplies in registers, so its stage is none of the memory's: compiled
+                # for sm_80, 16 x 32 x 256 in four stages takes 73728 bytes of the 98304 that are estimated.
+                bytes_wanted = bytes_wanted // config.num_stages * (config.num_stages - 1)
             assert bytes_wanted <= MULTIPROCESSORS[arch].shared_bytes, (phase, config)
 
 
@@ -108,7 +127,7 @@ def test_a_longer_sum_never_gets_a_larger_tile(arch, dtype, num_tokens):
 def test_shipped_configurations_cover_every_phase(arch, dtype):
     shipped = shipped_configs(arch, dtype)
     assert {phase for phase, _ in shipped} == set(PHASES)
-    assert set(shipped.values()) <= set(MODELS)
+    assert set(shipped.values()) <= {*MODELS, *(path.name for path in TUNED.glob("*.json"))}
 
 
 @pytest.mark.parametrize(
@@ -126,3 +145,336 @@ def test_arch_of_other_devices(monkeypatch):
     assert arch_of(torch.device("cpu")) == "interpreter"
     monkeypatch.setattr(torch, "version", SimpleNamespace(hip="6.4"))
     assert arch_of(torch.device("cuda")) == "gfx942"
+
+
+# -- the time of an exit, chosen ---------------------------------------------------------------------------
+
+# Of astuple() of every configuration that MODELS reach, 16 and 32 bits. Who changes a heuristic on purpose
+# writes the new one here; who does not has found out that it changed.
+CHOSEN = {
+    "sm_90": ("751a614987b4", "5ed8bf8a2370"),
+    "sm_80": ("05edcd19aa7f", "38bac778b064"),
+    "sm_86": ("f427bb871004", "6b3a4b8e7c55"),
+    "gfx942": ("c882b6482260", "12900909f605"),
+}
+
+
+def model_layers():
+    for hidden, intermediate, experts, top_k in MODELS.values():
+        for num_tokens in token_counts(top_k, experts):
+            yield {
+                "num_tokens": num_tokens, "top_k": top_k, "num_experts": experts, "hidden_size": hidden,
+                "intermediate_size": intermediate,
+            }  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device_name", [None, "a device that nobody tuned"])
+def test_the_heuristics_choose_what_they_chose(arch, dtype, device_name):
+    lines = []
+    for layer in model_layers():
+        sizes = (layer["hidden_size"], layer["intermediate_size"], layer["num_experts"], layer["top_k"])
+        configs = layer_configs(**layer, dtype=dtype, arch=arch, device_name=device_name)
+        lines += [
+            f"{' '.join(map(str, (*sizes, layer['num_tokens'])))} {phase} {astuple(config)}"
+            for phase, config in configs.items()
+        ]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    assert digest == CHOSEN[arch][dtype.itemsize == 4]
+
+
+@given(layer_sizes(), st.integers(1, 10**5), archs, dtypes, st.floats(1, 200), st.floats(1, 200))
+def test_a_shorter_exit_never_gets_a_longer_tile(sizes, num_tokens, arch, dtype, one, other):
+    arguments = {"num_tokens": num_tokens, "dtype": dtype, "arch": arch, **sizes}
+    _, _, read_once = tiles.row_class(num_tokens, sizes["top_k"], sizes["num_experts"])
+    sums = {"gate_up": sizes["hidden_size"], "down": sizes["intermediate_size"]}
+    shorter = layer_configs(**arguments, max_exit_us=min(one, other))
+    longer = layer_configs(**arguments, max_exit_us=max(one, other))
+    for phase, k in sums.items():
+        times = [tile_us(phase, c[phase], k, dtype, arch, read_once) for c in (shorter, longer)]
+        # Once fewer, narrower tiles suffice, a sum need not be cut as often.
+        assert times[0] <= times[1] or times[0] <= min(one, other)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_limit_the_tiles_are_the_fastest_and_sums_whole(arch, dtype):
+    for layer in model_layers():
+        longest = layer_configs(**layer, dtype=dtype, arch=arch, max_exit_us=float("inf"))
+        for phase in ("gate_up", "down"):
+            table = tiles.TILES_32_BIT if dtype.itemsize == 4 else tiles.TILES_16_BIT.get(arch)
+            table = table or tiles.TILES_16_BIT["sm_80"]
+            _, block_m, _ = tiles.row_class(layer["num_tokens"], layer["top_k"], layer["num_experts"])
+            wanted = replace(table[phase][block_m], programs_per_sm=longest[phase].programs_per_sm)
+            assert longest[phase] == wanted
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_exit_that_cannot_be_had_gets_the_smallest_tiles(dtype):
+    for layer in model_layers():
+        configs = layer_configs(**layer, dtype=dtype, arch="sm_90", max_exit_us=1e-3)
+        gate_up, down = configs["gate_up"], configs["down"]
+        assert 2 * gate_up.block_n == MIN_WEIGHT_ROWS[gate_up.block_m]
+        assert down.block_n == MIN_WEIGHT_ROWS[down.block_m]
+        assert 1 <= down.split_k <= tiles.MAX_PARTS
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), True, "30", None])
+@pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
+def test_an_exit_of_no_positive_time_is_refused(arch, wrong):
+    layer = next(model_layers())
+    with pytest.raises(ValueError, match="max_exit_us must be a positive number"):
+        layer_configs(**layer, dtype=torch.bfloat16, arch=arch, max_exit_us=wrong)
+
+
+# -- tuned tables ------------------------------------------------------------------------------------------
+
+NAME = "NVIDIA H200"
+KEY = TileKey("down", 256, 4096, 14336, "bfloat16")
+TILES = TileConfig(128, 128, 64, 8, 3, 1, 2)
+MEASURED = {"ratio": 0.9}  # by nobody: a test
+LAYER = {"num_tokens": 1000, "top_k": 2, "num_experts": 8, "dtype": torch.bfloat16, "arch": "sm_90"}
+MIXTRAL = {**LAYER, "hidden_size": 4096, "intermediate_size": 14336}
+
+
+@pytest.fixture
+def write_table(tmp_path, monkeypatch):
+    """write_table(entry, ..., head): the table of NAME, and no other."""
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    tiles.tuned_table.cache_clear()
+
+    def write(*entries, **head):
+        provenance = {"date": "today", "versions": {}, "command": "a test"}
+        table = {"device": NAME, "arch": "sm_90", **provenance, "entries": list(entries), **head}
+        table_path(NAME).write_text(json.dumps(table))
+        tiles.tuned_table.cache_clear()
+
+    yield write
+    tiles.tuned_table.cache_clear()
+
+
+def test_a_tuned_entry_is_chosen_for_its_device_and_key_alone(write_table):
+    write_table(new_entry(KEY, TILES, MEASURED))
+    tuned, plain = layer_configs(**MIXTRAL, device_name=NAME), layer_configs(**MIXTRAL)
+    assert tuned == {**plain, "down": replace(TILES, split_k=4)}  # of which each takes no more than 30 us
+    assert layer_configs(**MIXTRAL, device_name=NAME, max_exit_us=100)["down"] == TILES
+    other = {**MIXTRAL, "device_name": NAME}
+    for change in ({"num_tokens": 1100}, {"dtype": torch.float16}, {"intermediate_size": 14272}):
+        assert layer_configs(**{**other, **change}) == layer_configs(**{**MIXTRAL, **change})
+    assert layer_configs(**{**other, "device_name": "NVIDIA H100"}) == plain
+
+
+def test_every_phase_and_the_last_class_of_rows_can_be_tuned(write_table):
+    keys = [
+        TileKey("gate_up", float("inf"), 14336, 4096, "bfloat16"),
+        TileKey("combine", float("inf"), 4096, 2, "bfloat16"),
+    ]
+    configs = [TileConfig(128, 64, 32, 8, 5), TileConfig(2, 512, 1, 8, 1, 4)]
+    write_table(*(new_entry(k, c, MEASURED) for k, c in zip(keys, configs, strict=True)))
+    found = layer_configs(**{**MIXTRAL, "num_tokens": 10**5}, device_name=NAME, max_exit_us=100)
+    assert [found["gate_up"], found["combine"]] == configs
+
+
+def test_a_tuned_tile_that_takes_too_long_is_made_smaller_by_the_same_rule(write_table):
+    write_table(new_entry(KEY, replace(TILES, block_n=256, split_k=1), MEASURED))
+    tuned = layer_configs(**MIXTRAL, device_name=NAME)["down"]
+    assert tuned == replace(TILES, block_n=128, split_k=4)  # as the heuristic's, with the entry's stages
+    assert tuned == replace(layer_configs(**MIXTRAL)["down"], num_stages=3)
+    longest = layer_configs(**MIXTRAL, device_name=NAME, max_exit_us=float("inf"))["down"]
+    assert longest == replace(TILES, block_n=256, split_k=1)
+
+
+@given(exit_us=st.floats(0.1, 500), split_k=st.sampled_from([1, 2, 3, 4]), k=st.integers(16, 20000))
+def test_a_tuned_sum_is_never_cut_into_fewer_parts(exit_us, split_k, k):
+    config = replace(TILES, split_k=split_k)
+    found = tiles.within_exit("down", config, k, torch.bfloat16, "sm_90", False, exit_us)
+    assert split_k <= found.split_k <= tiles.MAX_PARTS
+
+
+def test_a_table_is_read_once(write_table, monkeypatch):
+    write_table(new_entry(KEY, TILES, MEASURED))
+    first = layer_configs(**MIXTRAL, device_name=NAME)
+    table_path(NAME).unlink()
+    assert layer_configs(**MIXTRAL, device_name=NAME) == first
+
+
+def test_the_interpreter_reads_no_table(write_table):
+    table_path("cpu").write_text("not JSON")
+    assert layer_configs(**{**MIXTRAL, "arch": "interpreter"}, device_name="cpu") == INTERPRETER
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("NVIDIA H200", "NVIDIA H200.json"), ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB.json"),
+     ("AMD Radeon / W7900 (TM)", "AMD Radeon _ W7900 _TM_.json"), ("../../etc/x", "_.._etc_x.json")],
+)  # fmt: skip
+def test_a_device_name_becomes_a_safe_file_name(name, file):
+    assert table_path(name) == TUNED / file
+
+
+def changed(**fields):
+    return new_entry(KEY, replace(TILES, **fields), MEASURED)
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({}, "must have the fields"),
+        ([], "must have the fields"),
+        ({**new_entry(KEY, TILES, MEASURED), "tiles": None}, "must have the fields"),
+        ({**new_entry(KEY, TILES, MEASURED), "tiles": {"block_m": 128}}, "must give all of block_m"),
+        (new_entry(replace(KEY, phase="router"), TILES, MEASURED), "phase, dtype or class of rows"),
+        (new_entry(replace(KEY, most_rows=100), TILES, MEASURED), "phase, dtype or class of rows"),
+        (new_entry(replace(KEY, dtype="int8"), TILES, MEASURED), "phase, dtype or class of rows"),
+        (new_entry(replace(KEY, k=0), TILES, MEASURED), "positive integers as n and k"),
+        (changed(num_stages=0), "positive integers"),
+        (changed(num_warps=2.0), "positive integers"),
+        (changed(block_n=96), "powers of two"),
+        (changed(block_m=256), "must have a block_m of"),
+        (changed(split_k=5), "splits k into 5"),
+        (new_entry(replace(KEY, phase="gate_up"), TILES, MEASURED), "splits k into 2"),
+        (changed(num_stages=8), "does not fit: 1 programs of 262144 bytes .* has 232448"),
+        (changed(programs_per_sm=3), "does not fit: 3 programs of 98304 bytes"),
+    ],
+)
+def test_an_entry_that_is_wrong_is_named_with_its_file(write_table, entry, problem):
+    good = new_entry(replace(KEY, most_rows=64), TILES, MEASURED)
+    write_table(good, entry)
+    with pytest.raises(ValueError, match=problem) as error:
+        layer_configs(**MIXTRAL, device_name=NAME)
+    assert str(table_path(NAME)) in str(error.value)
+    assert "entry 1 (" in str(error.value)
+
+
+def test_a_key_that_is_there_twice_is_refused(write_table):
+    write_table(changed(), changed(num_stages=2))
+    with pytest.raises(ValueError, match=r"entry 1 \(down, up to 256 rows, n = 4096, .*\) is there twice"):
+        layer_configs(**MIXTRAL, device_name=NAME)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"device": "NVIDIA H200", "entries": []}', "\x00"],
+)
+def test_a_file_that_is_no_table_is_named(write_table, text):
+    table_path(NAME).write_text(text)
+    with pytest.raises(ValueError, match=r"NVIDIA H200\.json: .*tuned table"):
+        layer_configs(**MIXTRAL, device_name=NAME)
+
+
+@pytest.mark.parametrize(
+    "head", [{"device": "NVIDIA H100"}, {"arch": "sm_80"}, {"arch": "sm_1"}, {"entries": 3}], ids=str
+)
+def test_a_table_of_something_else_is_named(write_table, head):
+    write_table(**{"entries": [], **head})
+    with pytest.raises(ValueError, match=rf"NVIDIA H200\.json: .*{next(iter(head))}"):
+        layer_configs(**MIXTRAL, device_name=NAME)
+
+
+def test_what_a_table_ships_is_compiled_by_the_tests(write_table):
+    config = replace(TILES, block_k=32)
+    write_table(new_entry(KEY, config, MEASURED))
+    assert shipped_configs("sm_90", torch.bfloat16)["down", config] == "NVIDIA H200.json"
+    assert ("down", config) not in shipped_configs("sm_90", torch.float16)
+    assert ("down", config) not in shipped_configs("sm_80", torch.bfloat16)
+
+
+def test_the_tables_that_are_shipped_are_good():
+    for path in TUNED.glob("*.json"):
+        table = tiles.read_table(path)
+        assert table_path(table["device"]) == path
+        assert tiles.tuned_table(table["device"], table["arch"])
+
+
+# -- what a device cannot do -------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """device(name, capability, shared): what torch says of CUDA, afterwards."""
+
+    def forget():
+        unsupported.cache_clear()
+        tiles._shared_bytes_of.cache_clear()
+
+    def pretend(name, capability, hip=None, **properties):
+        forget()
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+
+    yield pretend
+    forget()
+
+
+def test_a_device_that_is_too_old_is_told_what_to_do(device):
+    device("Tesla T4", (7, 5), shared_memory_per_block_optin=65536)
+    with pytest.raises(ValueError, match=r"needs compute capability 8\.0") as error:
+        fit_device(layer_configs(**MIXTRAL), torch.bfloat16, CUDA)
+    for part in ("cuda:0 (Tesla T4) has 7.5", 'backend="torch"'):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "capability", "hip", "properties"),
+    [
+        ("sm_90", "NVIDIA H200", (9, 0), None, {"shared_memory_per_block_optin": 232448}),
+        ("sm_80", "NVIDIA A100", (8, 0), None, {"shared_memory_per_block_optin": 166912}),
+        ("sm_86", "NVIDIA RTX 4090", (8, 9), None, {"shared_memory_per_block_optin": 101376}),
+        ("gfx942", "AMD Instinct MI300X", (9, 4), "6.4", {"shared_memory_per_block": 65536}),
+        ("gfx942", "AMD Instinct MI300X", (9, 4), "6.4", {"shared_memory_per_block_optin": 0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_known_devices_run_the_heuristics_as_they_are(device, arch, name, capability, hip, properties, dtype):
+    device(name, capability, hip, **properties)
+    for layer in model_layers():
+        for max_exit_us in (EXIT_US, float("inf"), 1e-3):
+            configs = layer_configs(**layer, dtype=dtype, arch=arch, max_exit_us=max_exit_us)
+            assert fit_device(configs, dtype, CUDA) == configs
+
+
+@given(archs, dtypes, st.sampled_from(list(model_layers())), st.integers(12 * 1024, 300 * 1024))
+def test_tiles_shrink_until_they_fit(arch, dtype, layer, available):
+    for phase, config in layer_configs(**layer, dtype=dtype, arch=arch).items():
+        found = fit_shared(phase, config, dtype, available)
+        if shared_bytes(phase, config, dtype) <= available:
+            assert found == config
+        elif phase != "combine":
+            # block_k of 16 and two stages are the least that still loads ahead.
+            assert shared_bytes(phase, found, dtype) <= available or found.block_n == 16
+            assert min(found.block_n, found.block_k, found.num_stages * 8) >= 16
+            assert (found.block_m, found.num_warps) == (config.block_m, config.num_warps)
+
+
+def test_fewer_stages_come_before_smaller_tiles():
+    config = TileConfig(128, 128, 64, 8, 4)
+    assert fit_shared("down", config, torch.bfloat16, 99 * 1024) == replace(config, num_stages=3)
+
+
+def test_a_device_with_too_little_shared_memory_is_told_what_to_do(device):
+    device("a small one", (8, 6), shared_memory_per_block_optin=8 * 1024)
+    configs = layer_configs(**{**MIXTRAL, "dtype": torch.float32})
+    with pytest.raises(ValueError, match="bytes of shared memory") as error:
+        fit_device(configs, torch.float32, CUDA)
+    for part in ("cuda:0 (a small one) has 8192", 'backend="torch"', "float16 or bfloat16 take half"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="bytes of shared memory") as error:
+        fit_device(layer_configs(**MIXTRAL), torch.bfloat16, CUDA)
+    assert "take half" not in str(error.value)
+
+
+def test_a_cpu_is_never_refused():
+    configs = layer_configs(**{**MIXTRAL, "arch": "interpreter"})
+    assert unsupported(torch.device("cpu")) is None
+    assert fit_device(configs, torch.bfloat16, torch.device("cpu")) is configs
+
+
+def test_one_phase_alone_takes_the_same_arguments(write_table):
+    write_table(new_entry(KEY, TILES, MEASURED))
+    found = tile_config("down", n=4096, k=14336, **LAYER, max_exit_us=100, device_name=NAME)
+    assert asdict(found) == asdict(TILES)

@@ -27,7 +27,7 @@ from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 from qllm_ops.tiles import INTERPRETER, TileConfig
-from qllm_ops.triton_moe import NO_LIMIT, TritonMoe
+from qllm_ops.triton_moe import NO_LIMIT, TritonMoe, tiles_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -418,6 +418,8 @@ def test_batch_invariance(inputs, chosen, seed):
 
 
 def test_tiles_of_a_batch_invariant_layer_do_not_depend_on_its_tokens(monkeypatch):
+    # Past the cache, which must not remember another device's tiles.
+    monkeypatch.setattr("qllm_ops.triton_moe.tiles_for", tiles_for.__wrapped__)
     monkeypatch.setattr("qllm_ops.triton_moe.arch_of", lambda device: "sm_90")
     monkeypatch.setattr(TritonMoe, "_route", lambda self: None)
     for hidden, intermediate, experts, top_k in ((64, 96, 4, 2), (256, 64, 40, 8), (32, 32, 1, 1)):
@@ -433,6 +435,19 @@ def test_tiles_of_a_batch_invariant_layer_do_not_depend_on_its_tokens(monkeypatc
         }  # fmt: skip
         assert all(tiles == runs[True][0] for tiles in runs[True])
         assert any(tiles != runs[False][0] for tiles in runs[False])  # which is what it costs
+
+
+def test_max_exit_us_chooses_the_tiles(monkeypatch):
+    monkeypatch.setattr("qllm_ops.triton_moe.arch_of", lambda device: "sm_90")
+    sizes = (4096, 2, 8, 4096, 14336)
+    short, default, fast = (
+        tiles_for.__wrapped__(sizes, torch.bfloat16, torch.device("cpu"), us)
+        for us in (10.0, 30.0, float("inf"))
+    )
+    assert short["down"].block_n <= default["down"].block_n <= fast["down"].block_n
+    assert short != default != fast
+    with pytest.raises(ValueError, match=r"max_exit_us must be a positive number.*got 0"):
+        moe(**vars(replace(layer(), max_exit_us=0)), backend="triton")
 
 
 @given(layers())
