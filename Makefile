@@ -11,12 +11,13 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: demo test test-thorough lint doctor bench clean help
+.PHONY: demo test test-thorough conformity lint doctor bench clean help
 
 help:
 	@echo "make demo            replay a mixed load under every policy; results in demo-out/"
 	@echo "make test            lint and all tests (no GPU needed)"
 	@echo "make test-thorough   the same with many more random examples"
+	@echo "make conformity      every architecture of transformers; writes docs/models.md"
 	@echo "make doctor          what this machine has, and a self-test of the operator"
 	@echo "make bench           the torch backend and the engine against transformers, on this CPU"
 
@@ -34,6 +35,9 @@ test: lint
 
 test-thorough: lint
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest
+
+conformity: $(VENV)/.installed
+	$(BIN)/python tests/conformity.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
