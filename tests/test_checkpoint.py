@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import SUPPORTED, refused_model
+from tiny_models import SUPPORTED, tiny_model
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import (
@@ -253,16 +253,16 @@ def test_no_such_model(tiny, copy, tmp_path):
 
 
 def test_not_an_moe_model(tmp_path):
-    refused_model("llama").save_pretrained(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no MoE experts"):
         load(tmp_path)
     assert logits(load(tmp_path, install=False)).shape == (2, 10, 128)
 
 
 def test_unsupported_experts_are_refused_before_their_weights_are_read(tmp_path, monkeypatch):
-    refused_model("gpt_oss").save_pretrained(tmp_path)
+    tiny_model("dbrx").save_pretrained(tmp_path)
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("read")
     )
-    with pytest.raises(UnsupportedExpertsError, match="GptOssExperts: biases"):
+    with pytest.raises(UnsupportedExpertsError, match="DbrxExperts: transformers never asks"):
         load(tmp_path)

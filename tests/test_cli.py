@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import refused_model
+from tiny_models import tiny_model
 
 from qllm_ops.models.presets import make_preset, save_preset
 from qllm_ops.scheduler import cli, replay_command
@@ -218,7 +218,7 @@ BAD = {
     "model without config": (["replay", "--model", "{tmp}/empty"], ["{tmp}/empty", "config.json"]),
     "model cut off": (["replay", "--model", "{tmp}/cut"], ["{tmp}/cut/model.safetensors", "cut off"]),
     "model without experts": (["replay", "--model", "{tmp}/dense"], ["LlamaForCausalLM", "no MoE experts"]),
-    "model not supported": (["replay", "--model", "{tmp}/gpt-oss"], ["GptOssExperts", "biases"]),
+    "model not supported": (["replay", "--model", "{tmp}/dbrx"], ["DbrxExperts", "never asks"]),
     "trace missing": (["replay", "--ls-trace", "{tmp}/none.csv"], ["{tmp}/none.csv", "No such file"]),
     "trace malformed": (["replay", "--be-trace", "{tmp}/bad.csv"], ["{tmp}/bad.csv:3:", "'many'"]),
     "trace empty": (["replay", "--be-trace", "{tmp}/empty.csv"], ["{tmp}/empty.csv", "no rows"]),
@@ -238,8 +238,8 @@ def bad_files(tmp_path_factory):
     (folder / "empty").mkdir()
     cut = save_preset("tiny", folder / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
-    refused_model("llama").save_pretrained(folder / "dense")
-    refused_model("gpt_oss").save_pretrained(folder / "gpt-oss")
+    tiny_model("llama").save_pretrained(folder / "dense")
+    tiny_model("dbrx").save_pretrained(folder / "dbrx")
     write_trace(folder / "bad.csv", [(0, 8, 3), (1, "many", 3)])
     write_trace(folder / "empty.csv", [])
     return folder
