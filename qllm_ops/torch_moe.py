@@ -179,7 +179,7 @@ class TorchMoe:
         gated, out = self._gated[: stop - start], self._pair_out[start:stop]
         down = self._multiply(gated, self._right[1], self.inputs.down_bias, group, out)
         if self.inputs.expert_norm is not None:
-            down = checked("expert_norm", self.inputs.expert_norm(down), down.shape)
+            down = out.copy_(checked("expert_norm", self.inputs.expert_norm(down), down.shape))
         if down.shape == self._pair_out.shape:  # all there is
             self._pair_out = down
         elif down is not out:
@@ -193,9 +193,8 @@ class TorchMoe:
         # One call for many experts, but it also spends some time on those between them that have no rows.
         if self._can_group and 2 * len(group) > last - first + 5:
             ends = self._ends[first : last + 1]
-            if (
-                begin or len(self._groups) > 1
-            ):  # An expert may also have rows in the next group, or in the one before.
+            # Skipped rows may come first, and the outer experts may have rows in other groups.
+            if begin or len(self._groups) > 1:
                 ends = (ends - begin).clamp_(max=len(x))
             out = F.grouped_mm(x, right[first : last + 1], offs=ends)
         else:

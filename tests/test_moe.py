@@ -115,6 +115,18 @@ def test_functions_that_return_something_else(backend, changes, error, words):
         moe(**{**CASE.tensors(), **changes}, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functions_may_return_another_dtype_or_strides(backend):
+    """A row's number decides, whether one group of rows holds them all or not."""
+    for tokens in (5, 700):
+        case = MoeCase(tokens, 16, 12, 4, 2, activation=own_gate, expert_norm=own_norm)
+        given = case.tensors()
+        expected = moe(**given, backend=backend)
+        given["activation"] = lambda x: own_gate(x).double()
+        given["expert_norm"] = lambda x: own_norm(x).double().t().contiguous().t()
+        assert_same_bits(moe(**given, backend=backend), expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
