@@ -31,7 +31,7 @@ from check_latency import enqueued_exits, step_exits, writer_of
 from check_speed import TOKENS, ceilings, compare, floor, polling_cost, rotated
 from compile_ahead import compile_all
 from context import Context, cpu_name, free_memory, one_line, that_fit
-from goals import best_peer, goals, memory_ratio, name_of
+from goals import best_peer, goals, memory_ratio, name_of, quartiles
 from layers import (
     DEEPSEEK,
     GPT_OSS,
@@ -301,19 +301,15 @@ def cells(case: dict[str, Any]) -> tuple[str, ...]:
     star = "*" if best and best[0] in case["not_captured"] else ""
     return (
         name_of(case),
-        _quartiles(case["graph_us"]["qllm"], ".1f"),
+        quartiles(case["graph_us"]["qllm"], ".1f"),
         best[0] + star if best else "-",
-        _quartiles(best[1], ".2f") if best else "-",
+        quartiles(best[1], ".2f") if best else "-",
         f"{case['floor_us']:.1f} {case['bound_by']}",
         f"{case['of_copy'] * 100:.0f} %",
         f"{case['of_matmul'] * 100:.0f} %",
         f"{polled['overhead'] * 100:+.2f} %" if "overhead" in polled else polled["error"],
         f"{memory_ratio(memory):.2f}x" if memory else "not measured",
     )
-
-
-def _quartiles(spread: dict[str, float], form: str) -> str:
-    return f"{spread['p50']:{form}} ({spread['p25']:{form}}-{spread['p75']:{form}})"
 
 
 def reasons(cases: Iterable[dict[str, Any]]) -> dict[str, list[str]]:

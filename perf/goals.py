@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 Case = dict[str, Any]
@@ -165,8 +165,8 @@ def best_peer(case: Case) -> tuple[str, dict[str, float]] | None:
     return name, case["ratio"][name]
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(statistics.mean(math.log(value) for value in values))
+def quartiles(spread: dict[str, float], form: str) -> str:
+    return f"{spread['p50']:{form}} ({spread['p25']:{form}}-{spread['p75']:{form}})"
 
 
 def memory_ratio(row: dict[str, int]) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from goals import best_peer, goals, memory_ratio, name_of
+from goals import best_peer, goals, memory_ratio, name_of, quartiles
 from gpu_table import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,10 +237,6 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
 
 def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def quartiles(spread: dict[str, float], form: str) -> str:
-    return f"{spread['p50']:{form}} ({spread['p25']:{form}}-{spread['p75']:{form}})"
 
 
 if __name__ == "__main__":
