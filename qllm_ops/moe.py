@@ -196,7 +196,10 @@ class MoeRun:
 
     @property
     def tiles_taken(self) -> int:
-        """Tiles that were started. Between steps equal to tiles_done: nothing is thrown away."""
+        """tiles_done, and one more for every time a tile was left halfway to be computed again.
+
+        Only tiles that take longer than ``max_exit_us`` are left halfway; else the two are equal between steps.
+        """
         return self._layer.tiles_taken
 
     @property

@@ -6,7 +6,7 @@ them smaller until one takes no longer than `max_exit_us` at the device's peak r
 
     heuristics     the tables below: whatever the device
     tuned tables   qllm_ops/tuned/DEVICE.json, entries that were timed on that device and won
-    max_exit_us    makes the tiles of either smaller
+    max_exit_us    makes the tiles of either smaller, or lets a program leave inside of one
     fit_device     refuses, before a launch, what the device at hand cannot run
 
 Every entry of the heuristics compiles without a register spilled (tests/test_compile.py). None has been
@@ -50,6 +50,9 @@ class TileConfig:
         programs_per_sm: programs of a launch per multiprocessor; they are all resident.
         split_k: tiles that share one output block, each with its own part of the inner dimension.
             The combine adds the parts up in order. Only in down.
+        exit_k: columns of the inner dimension between two looks at the flag inside of a tile; a program that
+            leaves there gives its tile back, and what it had of it is computed again. 0: it leaves at the end
+            of a tile only, and the sums are one loop. A multiple of block_k.
     """
 
     block_m: int
@@ -59,6 +62,7 @@ class TileConfig:
     num_stages: int
     programs_per_sm: int = 1
     split_k: int = 1
+    exit_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,12 @@ MULTIPROCESSORS = {
     "gfx942": Multiprocessor(64 * 1024, 2.1e6, 0.26e6, 17e3),  # MI300X: 1300 TFLOP/s, 5.3 TB/s, 304
     "interpreter": Multiprocessor(1 << 30, float("inf"), float("inf"), float("inf")),
 }
+
+PARTIAL_BYTES = 64 * 2**20
+"""What the parts of the second product may take before they are computed in chunks of columns."""
+
+MAX_PHASES = 32
+"""Most launches of a layer: the first product, and two for each chunk of columns. A power of two."""
 
 MAX_PARTS = 4
 """Most parts of a sum in down: each is written and read again, (T * K, H) elements a part."""
@@ -177,8 +187,8 @@ def tile_config(
         arch: as :func:`arch_of` gives it.
         max_exit_us: how long a tile may take at the device's peak rates, as :func:`tile_us` estimates it;
             float("inf") for the fastest tiles, whatever they take. Tiles are not cut below MIN_WEIGHT_ROWS
-            and sums not into more than MAX_PARTS, so a small number may not be reached. How a sum is cut
-            shows in its last bits.
+            and sums not into more than MAX_PARTS; what is still too long is left halfway (``exit_k``). A
+            very small number may not be reached. How a sum is cut into parts shows in its last bits.
         device_name: whose tuned table is looked at before the heuristics; None for the heuristics alone.
     """
     check_max_exit_us(max_exit_us)
@@ -223,7 +233,7 @@ def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str) -> TileCon
 def within_exit(
     phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool, max_exit_us: float
 ) -> TileConfig:
-    """``config`` with narrower tiles, and in down shorter sums, until a tile takes no longer than it may."""
+    """``config`` with narrower tiles, in down shorter sums, and an exit inside of what is still too long."""
     sides = 2 if phase == "gate_up" else 1
     while (
         tile_us(phase, config, k, dtype, arch, read_once) > max_exit_us
@@ -237,7 +247,21 @@ def within_exit(
         parts = config.split_k * math.ceil(tile_us(phase, config, k, dtype, arch, read_once) / max_exit_us)
         parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
         config = replace(config, split_k=max(config.split_k, parts))
+    if not config.exit_k and dtype.itemsize == 2:  # the sums of 32 bits spill registers around such an exit
+        config = replace(config, exit_k=_exit_k(phase, config, k, dtype, arch, read_once, max_exit_us))
     return config
+
+
+def _exit_k(
+    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool, max_exit_us: float
+) -> int:
+    """Columns between two looks at the flag, so that the pieces are alike and short enough; 0: no look."""
+    us = tile_us(phase, config, k, dtype, arch, read_once)
+    # Every piece fills the pipeline of loads anew, so none is shorter than two such fillings.
+    shortest = 2 * config.num_stages * config.block_k
+    part = k // config.split_k
+    pieces = min(math.ceil(us / max_exit_us), part // shortest)
+    return math.ceil(part / pieces / config.block_k) * config.block_k if pieces > 1 else 0
 
 
 def tile_us(phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool) -> float:
@@ -251,6 +275,12 @@ def tile_us(phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: st
     if read_once:
         us = max(us, weights * dtype.itemsize / sm.bytes_per_us)
     return config.programs_per_sm * us
+
+
+def leave_us(phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool) -> float:
+    """Microseconds that a program told to leave takes at most: those of a tile, or of a piece of its sums."""
+    us = tile_us(phase, config, k, dtype, arch, read_once)
+    return us * min(1.0, config.exit_k * config.split_k / k) if config.exit_k else us
 
 
 def shared_bytes(phase: str, config: TileConfig, dtype: torch.dtype) -> int:
@@ -321,7 +351,7 @@ def fit_shared(phase: str, config: TileConfig, dtype: torch.dtype, available: in
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
         elif config.block_k > 16:
-            config = replace(config, block_k=config.block_k // 2)
+            config = replace(config, block_k=config.block_k // 2)  # still a divisor of exit_k
         elif config.block_n > 16:
             config = replace(config, block_n=config.block_n // 2)
         else:
@@ -443,8 +473,10 @@ def _problem(key: TileKey, tiles: dict[str, int], arch: str) -> str | None:
     if not _positive_integers((key.n, key.k)):
         return "must have positive integers as n and k"
     names = [field.name for field in fields(TileConfig)]
-    if sorted(tiles) != sorted(names) or not _positive_integers(tiles.values()):
+    if sorted(tiles) != sorted(names) or not _positive_integers({**tiles, "exit_k": 1}.values()):
         return f"must give all of {', '.join(names)} as positive integers"
+    if tiles["exit_k"] != 0 and not _positive_integers([tiles["exit_k"]]):
+        return f"must give exit_k as a positive integer or 0, got {tiles['exit_k']!r}"
     return tiles_problem(key.phase, TileConfig(**tiles), dtypes[key.dtype], arch)
 
 
@@ -455,6 +487,8 @@ def tiles_problem(phase: str, config: TileConfig, dtype: torch.dtype, arch: str)
         return "must have powers of two as blocks and warps"
     if not config.split_k <= (MAX_PARTS if phase == "down" else 1):
         return f"splits k into {config.split_k}; down may into {MAX_PARTS}, the other phases not at all"
+    if config.exit_k % config.block_k or (phase == "combine" and config.exit_k):
+        return f"has exit_k = {config.exit_k}; it must be a multiple of block_k, and 0 in the combine"
     if phase == "combine":
         return None
     if config.block_m not in MIN_WEIGHT_ROWS or min(config.block_n, config.block_k) < 16:
@@ -500,6 +534,24 @@ def layer_configs(
         phase: tile_config(phase, n=n, k=k, dtype=dtype, **layer, **device)
         for phase, (n, k) in phase_sizes(top_k, hidden_size, intermediate_size).items()
     }
+
+
+def partial_width(
+    num_pairs: int, hidden_size: int, intermediate_size: int, down: TileConfig, itemsize: int
+) -> int:
+    """How many columns of the output are computed before the next ones begin: W of the kernels' `partial`.
+
+    All of them, unless that buffer would be both large and larger than the intermediate activations; then as
+    many as make it about as large as those. Every chunk costs two launches, and the end of each is idle time.
+    """
+    column = num_pairs * down.split_k * itemsize
+    small = column * hidden_size <= PARTIAL_BYTES or down.split_k * hidden_size <= intermediate_size
+    if small or hidden_size % 16:  # then a chunk would need kernels of its own, compiled for its alignment
+        return hidden_size
+    most = max(1, intermediate_size // down.split_k // down.block_n)  # column blocks in a chunk
+    blocks = math.ceil(hidden_size / down.block_n)
+    chunks = min(math.ceil(blocks / most), (MAX_PHASES - 1) // 2)
+    return min(hidden_size, math.ceil(blocks / chunks) * down.block_n)
 
 
 def phase_sizes(top_k: int, hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:

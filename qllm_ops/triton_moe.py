@@ -8,23 +8,35 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 
 from qllm_ops.activation import Activation
-from qllm_ops.flag import PriorityFlag
+from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.inputs import MoeInputs
 from qllm_ops.kernels import moe as kernels
-from qllm_ops.tiles import TileConfig, arch_of, fit_device, layer_configs, token_counts
+from qllm_ops.tiles import TileConfig, arch_of, fit_device, layer_configs, partial_width, token_counts
 from qllm_ops.torch_moe import checked
 
-NO_LIMIT = 2**31 - 1
+ROUNDS = {"gate_up": 2, "down": 2, "combine": 1}
+"""How often a launch of each phase may be left under a stream gate. What is left then is computed by one more
+launch, which nothing stops; where nothing is left, each of them costs a launch that ends at once."""
 
 INVARIANT_ROWS = 64
 """Rows per expert for which tiles are chosen that must be the same for every batch: 64 rows still read
 the weights of a decode batch faster than they multiply, and use the matrix units of a prefill."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One launch of a layer: all of gate_up, or down or combine for a chunk of the output's columns."""
+
+    number: int
+    kernel: str
+    begin: int
+    size: int
 
 
 class TritonMoe:
@@ -36,13 +48,16 @@ class TritonMoe:
     Memory beside inputs and output, in elements of hidden_states' dtype, with P = T * K and S the tiles
     that share an output block of the second product (1 to 4)::
 
-        P * I + S * P * H
+        P * I + S * P * W
 
-    and 4 * (9 + 3 * (E + 1)) + 16 * P bytes of state and order. An activation of yours makes the first
-    term P * 2I floats, an expert_norm the second one P * H floats.
+    W is H as long as the second term is below 64 MiB or below the first; beyond that, the output is computed
+    in chunks of W columns (at most 15), which make it about as large as the first. Besides, 4 * (98 + 3 *
+    (E + 1)) + 16 * P bytes of state and order, and a word for each program where tiles have an exit inside.
+    An activation of yours makes the first term P * 2I floats, an expert_norm the second one P * H floats.
 
     Args:
         tiles: the configuration of each phase, instead of the one that `qllm_ops.tiles` picks.
+        width: W, instead of the one that `qllm_ops.tiles` picks; a multiple of down's block_n, or H.
     """
 
     def __init__(
@@ -52,6 +67,7 @@ class TritonMoe:
         priority: int,
         *,
         tiles: dict[str, TileConfig] | None = None,
+        width: int | None = None,
     ):
         self.inputs = inputs
         self.device = inputs.hidden_states.device
@@ -67,14 +83,17 @@ class TritonMoe:
         if inputs.expert_norm is not None:  # It is a norm of the whole sum.
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
         self._own_activation = not isinstance(inputs.activation, Activation)
+        self._width = width or self._columns_at_once()
+        self._phases = self._cut_into_phases()
         self._stages = self._cut_into_stages()
         self._applied: set[str] = set()
-        self._flag = flag
+        self._flag, self._priority = flag, priority
         self._word = None if flag is None else flag.words[priority:]
         # What the host knows about the phases; totals are None until the device was asked.
-        self._taken = self._done = (0, 0, 0)
-        self._totals: tuple[int, ...] | None = None if inputs.num_tokens else (0, 0, 0)
-        self._overdrawn = self._unread = False
+        nothing = (0,) * len(self._phases)
+        self._done, self._given_back = nothing, 0
+        self._totals: tuple[int, ...] | None = None if inputs.num_tokens else nothing
+        self._unread = False
         with self._on_device():
             self._allocate()
             if inputs.num_tokens:
@@ -107,36 +126,46 @@ class TritonMoe:
         """
         if self._flag is not None:
             self._flag.expire()
-        if self._unread or (max_tiles is not None and self._totals is None):
+        if self._unread:
             self._read()
-        if self._totals is not None and self._done == self._totals:
+        if self._done == self._totals:
             return True
-        limits = self._limits(max_tiles)
         with self._on_device():
             self._catch_up()
             if self._flag is not None:
                 self._flag.fence()
-            if self._overdrawn:
-                # Tickets that were drawn beyond the quantum go back.
-                self._state[:3].copy_(self._state[3:6])
+            if max_tiles is not None:
+                self._state[:1].fill_(max_tiles)
             for phases, apply in self._stages:
-                self._launch(limits, phases)
-                self._read(limits)
+                for phase in phases:
+                    if self._totals is None or self._done[phase.number] < self._totals[phase.number]:
+                        self._launch(phase, quantum=max_tiles is not None, share=self._share(phase))
+                self._read()
                 if apply is not None and not self._apply(phases[-1], apply):
                     break
         return self._done == self._totals
 
-    def launch_all(self) -> None:
-        """Enqueue all that is left on the current stream, poll no flag, and wait for nothing.
+    def launch_all(self, gated: bool = False) -> None:
+        """Enqueue all that is left on the current stream, and wait for nothing.
 
         For a run that has not been stepped. The output may be used in stream order.
+
+        Args:
+            gated: the stream stands still while the flag pauses the class, at the next tile of the launches
+                that ROUNDS says, and before every launch. Without it, nothing looks at the flag.
         """
         if self.inputs.num_tokens:
             self._unread = True
             with self._on_device():
                 self._catch_up()
                 for phases, apply in self._stages:
-                    self._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT), phases, poll=False)
+                    for phase in phases:
+                        for _ in range(ROUNDS[phase.kernel] if gated else 0):
+                            self._flag.hold(self._priority)
+                            self._launch(phase)
+                        if gated:
+                            self._flag.hold(self._priority)
+                        self._launch(phase, poll=False)
                     if apply is not None:
                         apply()
                 self._mark()
@@ -149,9 +178,8 @@ class TritonMoe:
 
     @property
     def tiles_taken(self) -> int:
-        if self._unread:
-            self._read()
-        return sum(self._taken)
+        """How often a tile was started, but for those that wait unfinished to be taken again."""
+        return self.tiles_done + self._given_back
 
     @property
     def tiles_total(self) -> int:
@@ -166,22 +194,41 @@ class TritonMoe:
 
     # -- what the kernels do not compute ---------------------------------------------------------
 
-    def _cut_into_stages(self) -> list[tuple[tuple[int, ...], Callable[[], None] | None]]:
-        """Phases that are launched together, and what is done by torch when they are finished."""
-        stages: list[tuple[tuple[int, ...], Callable[[], None] | None]] = []
-        phases = [0]
-        if self._own_activation:
-            stages.append((tuple(phases), self._activate))
-            phases = []
-        phases.append(1)
-        if self.inputs.expert_norm is not None:
-            stages.append((tuple(phases), self._norm))
-            phases = []
-        return [*stages, ((*phases, 2), None)]
+    def _columns_at_once(self) -> int:
+        x = self.inputs
+        if x.expert_norm is not None:  # which is a norm of whole rows
+            return x.hidden_size
+        sizes = (x.num_tokens * x.top_k, x.hidden_size, x.intermediate_size)
+        return partial_width(*sizes, self.tiles["down"], x.hidden_states.itemsize)
 
-    def _apply(self, phase: int, apply: Callable[[], None]) -> bool:
+    def _cut_into_phases(self) -> list[Phase]:
+        x = self.inputs
+        phases = [Phase(0, "gate_up", 0, x.intermediate_size)]
+        for begin in range(0, x.hidden_size, self._width):
+            size = min(self._width, x.hidden_size - begin)
+            phases += [
+                Phase(len(phases) + i, kernel, begin, size) for i, kernel in enumerate(("down", "combine"))
+            ]
+        return phases
+
+    def _cut_into_stages(self) -> list[tuple[list[Phase], Callable[[], None] | None]]:
+        """Phases that are launched together, and what is done by torch when they are finished."""
+        after = {}
+        if self._own_activation:
+            after["gate_up"] = self._activate
+        if self.inputs.expert_norm is not None:
+            after["down"] = self._norm
+        stages: list[tuple[list[Phase], Callable[[], None] | None]] = [([], None)]
+        for phase in self._phases:
+            stages[-1][0].append(phase)
+            if phase.kernel in after:
+                stages[-1] = (stages[-1][0], after[phase.kernel])
+                stages.append(([], None))
+        return stages
+
+    def _apply(self, phase: Phase, apply: Callable[[], None]) -> bool:
         """Once the phase is finished, once; False while it is not."""
-        if self._done[phase] < self._totals[phase]:
+        if self._done[phase.number] < self._totals[phase.number]:
             return False
         if apply.__name__ not in self._applied:
             apply()
@@ -211,34 +258,52 @@ class TritonMoe:
             self._intermediate = new(self._pairs, x.intermediate_size)
         # As before a fused activation, nothing is rounded before a norm of the experts' outputs.
         dtype = x.hidden_states.dtype if x.expert_norm is None else torch.float32
-        self._partial = new(self.tiles["down"].split_k, self._pairs, x.hidden_size, dtype=dtype)
-        self._state = new(9 + 3 * (x.num_experts + 1), dtype=torch.int32)
+        self._partial = new(self.tiles["down"].split_k, self._pairs, self._width, dtype=dtype)
+        self._allocate_state()
+
+    def _allocate_state(self) -> None:
+        products = [phase for phase in self._phases if phase.kernel != "combine"]
+        self._slots = 0
+        if any(self.tiles[phase.kernel].exit_k for phase in products):
+            # One for each program that may give a tile back; a power of two.
+            self._slots = triton.next_power_of_2(max(1, *(self._grid(phase)[0] for phase in products)))
+        words = kernels.OFFSETS.value + 3 * (self.inputs.num_experts + 1) + self._slots
+        self._state = torch.empty(words, dtype=torch.int32, device=self.device)
 
     def _route(self) -> None:
         """Sort the pairs by expert and let the device write the state: nothing here knows the routing."""
         x, tiles = self.inputs, self.tiles
         experts, self._order = torch.sort(x.top_k_index.view(-1), stable=True)
-        combine = triton.cdiv(x.num_tokens, tiles["combine"].block_m)
+        row_blocks = triton.cdiv(x.num_tokens, tiles["combine"].block_m)
+        chunks = (self._width, self._phases[-1].size)  # any but the last, and the last
         self._block_e = max(16, triton.next_power_of_2(x.num_experts + 1))
         kernels.route[(1,)](
             experts,
             self._state,
             self._pairs,
             x.num_experts,
+            len(self._phases),
             triton.cdiv(x.gate_up_size, 2 * tiles["gate_up"].block_n),
-            triton.cdiv(x.hidden_size, tiles["down"].block_n) * tiles["down"].split_k,
-            triton.cdiv(x.hidden_size, tiles["combine"].block_n) * combine,
+            *(triton.cdiv(size, tiles["down"].block_n) * tiles["down"].split_k for size in chunks),
+            *(triton.cdiv(size, tiles["combine"].block_n) * row_blocks for size in chunks),
             GATE_UP_M=tiles["gate_up"].block_m,
             DOWN_M=tiles["down"].block_m,
             BLOCK_E=self._block_e,
+            SLOTS=self._slots,
             num_warps=4,
             enable_fp_fusion=True,
         )
 
     # -- launching -------------------------------------------------------------------------------
 
-    def _launch(self, limits: tuple[int, int, int], phases: tuple[int, ...], poll: bool = True) -> None:
-        """Enqueue each of the phases that has a tile below its limit."""
+    def _launch(self, phase: Phase, *, quantum: bool = False, poll: bool = True, share: int = FULL) -> None:
+        """Enqueue the phase.
+
+        Args:
+            quantum: it takes no more tiles than the state's budget has.
+            poll: it leaves while its class is paused.
+            share: it leaves once the flag allows more programs than that.
+        """
         x = self.inputs
         word = self._word if poll else None
         run = {
@@ -246,54 +311,65 @@ class TritonMoe:
             # Without a flag any tensor will do: the kernel is compiled without the poll.
             "flag_ptr": self._state if word is None else word,
             "HAS_FLAG": word is not None,
+            "share": share,
+            "quantum": int(quantum),
             "num_experts": x.num_experts,
             "hidden_size": x.hidden_size,
+            **self._block(phase.kernel),
         }
-        products = {"order_ptr": self._order, "BLOCK_E": self._block_e}
-        if 0 in phases and limits[0] > self._done[0]:
-            kernels.gate_up[self._grid("gate_up")](
+        products = {"order_ptr": self._order, "BLOCK_E": self._block_e, "SLOTS": self._slots}
+        chunk = {
+            "phase": phase.number,
+            "chunk_begin": phase.begin,
+            "chunk_size": phase.size,
+            "partial_width": self._width,
+            "SPLIT_K": self.tiles["down"].split_k,
+        }
+        if phase.kernel == "gate_up":
+            kernels.gate_up[self._grid(phase)](
                 x.hidden_states,
                 x.gate_up_proj,
                 intermediate_ptr=self._intermediate,
-                limit=limits[0],
                 top_k=x.top_k,
                 weight_rows=x.gate_up_size,
                 **self._activation(),
                 **run,
                 **products,
                 **self._weights("gate_up", x.gate_up_size, x.hidden_size, x.gate_up_bias),
-                **self._block("gate_up"),
             )
-        if 1 in phases and limits[1] > self._done[1]:
-            kernels.down[self._grid("down")](
+        elif phase.kernel == "down":
+            kernels.down[self._grid(phase)](
                 self._intermediate,
                 x.down_proj,
                 partial_ptr=self._partial,
-                limit=limits[1],
                 num_pairs=self._pairs,
                 intermediate_size=x.intermediate_size,
-                SPLIT_K=self.tiles["down"].split_k,
+                **chunk,
                 **run,
                 **products,
                 **self._weights("down", x.hidden_size, x.intermediate_size, x.down_bias),
-                **self._block("down"),
             )
-        if 2 in phases and limits[2] > self._done[2]:
-            kernels.combine[self._grid("combine")](
+        else:
+            kernels.combine[self._grid(phase)](
                 self._partial,
                 x.top_k_index,
                 x.top_k_weights,
                 self._output,
-                limit=limits[2],
                 num_tokens=x.num_tokens,
                 TOP_K=x.top_k,
-                SPLIT_K=self.tiles["down"].split_k,
+                **chunk,
                 **run,
-                **self._block("combine"),
             )
 
-    def _block(self, phase: str) -> dict[str, int | bool]:
-        config = self.tiles[phase]
+    def _share(self, phase: Phase) -> int:
+        """How many programs a launch begins with, if the flag could let it have more later; else FULL."""
+        if self._flag is None:
+            return FULL
+        share = self._flag.read()[self._priority]
+        return share if 0 < share < self._grid(phase)[0] else FULL
+
+    def _block(self, kernel: str) -> dict[str, int | bool]:
+        config = self.tiles[kernel]
         # Fusing is the compiler's default today and will not be; fixed here, the bits stay the same.
         compiled = {"num_warps": config.num_warps, "enable_fp_fusion": True}
         return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **compiled}
@@ -301,8 +377,10 @@ class TritonMoe:
     def _weights(self, phase: str, rows: int, length: int, bias: torch.Tensor | None) -> dict[str, object]:
         """How a phase reads an expert's (rows, length) weights."""
         config, transposed = self.tiles[phase], self.inputs.transposed
-        tile_rows = config.block_n * (2 if phase == "gate_up" else 1)
-        halves = phase == "gate_up" and self._pairing() == "halves"
+        # Rows that a tile of contiguous ones takes side by side, and how many there are.
+        tile_rows, side = config.block_n * (2 if phase == "gate_up" else 1), rows
+        if phase == "gate_up" and self._pairing() == "blocks":
+            tile_rows, side = config.block_n, rows // 2
         return {
             "bias_ptr": self._state if bias is None else bias,
             "HAS_BIAS": bias is not None,
@@ -310,16 +388,19 @@ class TritonMoe:
             "k_stride": rows if transposed else 1,
             # A row that does not exist is left out where rows are contiguous, so that 16 bytes of them can be
             # loaded at once; elsewhere another row is read in its place, which needs no mask.
-            "MASKED": transposed and not halves and rows % tile_rows != 0,
+            "MASKED": transposed and side % tile_rows != 0,
             "BLOCK_K": config.block_k,
             "STAGES": config.num_stages,
+            "EXIT_K": config.exit_k,
             "EVEN": length % config.block_k == 0,
         }
 
     def _pairing(self) -> str:
         if self._own_activation or not self.inputs.gated:
             return "none"
-        return "alternating" if self.inputs.interleaved else "halves"
+        if self.inputs.interleaved:
+            return "alternating"
+        return "blocks" if self.inputs.transposed else "halves"
 
     def _activation(self) -> dict[str, object]:
         act = Activation("silu") if self._own_activation else self.inputs.activation
@@ -331,42 +412,39 @@ class TritonMoe:
             "PAIRS": self._pairing(),
         }
 
-    def _grid(self, phase: str) -> tuple[int]:
+    def _grid(self, phase: Phase) -> tuple[int]:
         """Programs of a launch: as many as stay resident, or as tiles there may be. From T only."""
-        x, config = self.inputs, self.tiles[phase]
-        if phase == "combine":
-            row_blocks, columns = triton.cdiv(x.num_tokens, config.block_m), x.hidden_size
+        x, config = self.inputs, self.tiles[phase.kernel]
+        if phase.kernel == "combine":
+            row_blocks, columns = triton.cdiv(x.num_tokens, config.block_m), phase.size
         else:
             # Full blocks, and at most one more for each expert that has a row.
             row_blocks = self._pairs // config.block_m + min(x.num_experts, self._pairs)
-            columns = triton.cdiv(x.gate_up_size, 2) if phase == "gate_up" else x.hidden_size
+            columns = triton.cdiv(x.gate_up_size, 2) if phase.kernel == "gate_up" else phase.size
         tiles = row_blocks * triton.cdiv(columns, config.block_n) * config.split_k
         return (min(tiles, config.programs_per_sm * multiprocessors(self.device)),)
 
-    def _limits(self, max_tiles: int | None) -> tuple[int, int, int]:
-        """One past the last ticket of each phase, if no more than ``max_tiles`` are to be computed."""
-        if max_tiles is None:
-            return self._totals or (NO_LIMIT, NO_LIMIT, NO_LIMIT)
-        limits = []
-        for done, total in zip(self._done, self._totals, strict=True):
-            share = min(max_tiles, total - done)
-            limits.append(done + share)
-            max_tiles -= share
-        return tuple(limits)
-
-    def _read(self, limits: tuple[int, ...] = (NO_LIMIT, NO_LIMIT, NO_LIMIT)) -> None:
+    def _read(self) -> None:
         """Wait for the current stream and learn how far the phases are."""
         if self.inputs.num_tokens == 0:
             return
         with self._on_device():
             self._catch_up()
-            words = self._state[:9].tolist()
-        tickets, self._done, self._totals = (tuple(words[i : i + 3]) for i in (0, 3, 6))
-        ends = [min(limit, total) for limit, total in zip(limits, self._totals, strict=True)]
-        # A launch gives out tickets past its last one before everybody has left.
-        self._taken = tuple(min(ticket, end) for ticket, end in zip(tickets, ends, strict=True))
-        self._overdrawn = tickets != self._done
+            words = self._state[: kernels.OFFSETS.value].tolist()
+        done, total, count = kernels.DONE.value, kernels.TOTAL.value, len(self._phases)
+        self._done, self._totals = tuple(words[done : done + count]), tuple(words[total : total + count])
+        self._given_back = words[kernels.GIVEN_BACK.value]
         self._unread = False
+
+    def _rewind(self, finished: int = 0) -> None:
+        """Back to where the first phases are finished and the others not begun, for measurements.
+
+        In stream order. No tile may wait to be taken again.
+        """
+        done, total = kernels.DONE.value, kernels.TOTAL.value
+        self._state[:total].zero_()
+        self._state[done : done + finished] = self._state[total : total + finished]
+        self._done, self._given_back = (0,) * len(self._phases), 0
 
     def _mark(self) -> None:
         """Remember what the current stream was given, for whoever goes on with the run on another one."""

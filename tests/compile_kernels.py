@@ -44,6 +44,8 @@ LAYOUTS = {
         **PLAIN, "ALPHA": 1.702, "LIMIT": 7.0, "UP_OFFSET": 1.0, "PAIRS": "alternating", "MASKED": True,
         "HAS_BIAS": True, "row_stride": 1, "k_stride": None,
     },
+    # The same, with gate and up in halves; no tile goes past the last row.
+    "aria": {**PLAIN, "PAIRS": "blocks", "row_stride": 1, "k_stride": None},
     "ungated": {**PLAIN, "PAIRS": "none"},
 }  # fmt: skip
 
@@ -55,12 +57,18 @@ ARGUMENTS = {
     **dict.fromkeys(("order_ptr", "sorted_ptr", "index_ptr"), "*i64"),
     **dict.fromkeys(("state_ptr", "flag_ptr"), "*i32"),
     "weights_ptr": "*fp32",
-    **dict.fromkeys(("limit", "num_pairs", "num_tokens", "num_experts", "top_k"), "i32"),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "weight_rows", "row_stride", "k_stride"), "i32"),
-    **dict.fromkeys(("gate_up_blocks", "down_blocks", "combine_tiles"), "i32"),
+    **dict.fromkeys(
+        ("share", "quantum", "phase", "num_phases", "num_pairs", "num_tokens", "num_experts", "top_k"), "i32"
+    ),
+    **dict.fromkeys(("gate_up_blocks", "down_blocks", "last_down_blocks"), "i32"),
+    **dict.fromkeys(("combine_tiles", "last_combine_tiles"), "i32"),
 }
 # The sizes of a model are multiples of 16; those of a batch may be anything.
-SIZES = {"hidden_size", "intermediate_size", "weight_rows", "row_stride", "k_stride"}
+SIZES = {
+    "hidden_size", "intermediate_size", "weight_rows", "row_stride", "k_stride", "chunk_begin", "chunk_size",
+    "partial_width",
+}  # fmt: skip
+ARGUMENTS |= dict.fromkeys(SIZES, "i32")
 ALIGNED = {*SIZES, *(name for name in ARGUMENTS if name.endswith("_ptr"))}
 ALIGNED.remove("flag_ptr")  # the word of any class
 
@@ -73,6 +81,7 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         "GATE_UP_M": config.block_m, "DOWN_M": config.block_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k, "TOP_K": request.get("top_k", 8), "STAGES": config.num_stages,
+        "EXIT_K": config.exit_k, "SLOTS": 512 if config.exit_k else 0,
         **LAYOUTS[request.get("layout", "plain")],
     }  # fmt: skip
     kernel = getattr(moe, request["kernel"])

@@ -104,17 +104,20 @@ def test_without_a_result_nothing_is_measured():
     assert {(row.measured, row.met) for row in rows} == {("not measured", None)}
 
 
+MEMORY = {"peak_bytes": 300, "output_bytes": 100, "intermediate_bytes": 100}  # MiB
+
+
 def document(device_type: str = "cuda", **changes) -> dict:
     peer = {"graph_us": {"qllm": spread(100.0), "vllm": spread(130.0)}, "ratio": {"vllm": spread(1.3)}}
     small, large = {"overhead": 0.001, "noise": -0.001}, {"overhead": 0.004, "noise": 0.0}
     cases = [
         case(tokens=32, of_copy=0.93, of_matmul=0.1, polling=small, memory=None, **peer),
         case(tokens=8192, of_copy=0.2, of_matmul=0.7, polling=large, **peer)
-        | {"memory": {"peak_bytes": 300, "output_bytes": 100, "intermediate_bytes": 100}},
+        | {"memory": {name: n * 2**20 for name, n in MEMORY.items()}},
     ]
     exits = [
         {"shape": "a", "tokens": 32, "left_early": 90, "lost_tiles": 0, "device_us": spread(20.0)},
-        {"shape": "b", "tokens": 32, "left_early": 10, "lost_tiles": 0, "device_us": None},
+        {"shape": "b", "tokens": 32, "left_early": 10, "lost_tiles": 40, "programs": 4, "device_us": None},
     ]
     cases[1] |= changes
     return {"device_type": device_type, "cases": cases, "exits": exits}
@@ -145,7 +148,7 @@ def test_a_cpu_measures_no_rates_of_a_gpu():
         ({"of_matmul": 0.64}, {"OLMoE"}),
         ({"shape": "Mixtral-8x7B", "of_matmul": 0.74}, {"Mixtral"}),
         ({"polling": {"overhead": 0.02, "noise": 0.0}}, {"polling"}),
-        ({"memory": {"peak_bytes": 301, "output_bytes": 100, "intermediate_bytes": 100}}, {"memory"}),
+        ({"memory": {name: n * 2**20 + (name == "peak_bytes") for name, n in MEMORY.items()}}, {"memory"}),
     ],
 )
 def test_a_goal_that_is_missed(change, missed):

@@ -355,7 +355,8 @@ def test_launches_can_be_enqueued_polled_and_rewound():
     flag.pause(0)
     launches.enqueue(poll=True)
     progress = launches.progress()
-    assert progress["done"] == progress["taken"] == (0, 0, 0)
+    assert progress["done"] == (0, 0, 0)
+    assert progress["given_back"] == 0
     assert min(progress["total"]) > 0
     for poll in (False, True):
         launches.rewind()
@@ -363,7 +364,7 @@ def test_launches_can_be_enqueued_polled_and_rewound():
         launches.output.fill_(math.nan)
         launches.enqueue(poll=poll)
         progress = launches.progress()
-        assert progress["done"] == progress["taken"] == progress["total"]
+        assert progress["done"] == progress["total"]
         assert layers.errors(launches.output, layers.reference(tensors))["passed"]
         flag.resume(0)
     flag.share(0, 1)
@@ -442,6 +443,8 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
     Event.current = device
 
     class Launches:
+        programs = 4
+
         def __init__(self, tensors, flag):
             self.early = None
 
@@ -450,7 +453,7 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
 
         def progress(self):
             done = (4, 0, 0) if self.early else (9, 9, 3)
-            return {"taken": done, "done": done, "total": (9, 9, 3)}
+            return {"done": done, "total": (9, 9, 3), "given_back": 2 if self.early else 0}
 
     class Writer:
         flag, stream, pause, resume = None, side, device.paused.set, device.paused.clear
@@ -463,7 +466,8 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
     assert row["samples"] == 12
     assert row["launch_us"] == pytest.approx(60e3, rel=0.5)
     assert row["left_early"] >= 8
-    assert row["lost_tiles"] == 0
+    assert row["lost_tiles"] == 2 * row["left_early"]
+    assert row["programs"] == 4
     assert list(row["by_phase"]) == ["gate_up"]
     for name in ("host_us", "device_us"):
         assert row[name]["min"] > EXIT_S * 1e6 * 0.95

@@ -22,12 +22,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
-from qllm_ops import PriorityFlag, moe, moe_reference, warm_up
+from qllm_ops import FULL, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
+from qllm_ops.kernels import moe as kernels
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 from qllm_ops.tiles import INTERPRETER, TileConfig
-from qllm_ops.triton_moe import NO_LIMIT, TritonMoe, tiles_for
+from qllm_ops.triton_moe import TritonMoe, tiles_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -39,6 +40,11 @@ TILES = (
         "combine": TileConfig(2, 8, 1, 1, 1, 5),
     },
     {**INTERPRETER, "down": TileConfig(16, 8, 16, 1, 1, 1, split_k=2)},
+    {  # Left inside of a tile, by more programs than there are tiles of one phase at times.
+        "gate_up": TileConfig(4, 8, 2, 1, 1, 5, exit_k=4),
+        "down": TileConfig(4, 8, 2, 1, 1, 3, split_k=2, exit_k=2),
+        "combine": TileConfig(4, 8, 1, 1, 1, 2),
+    },
 )
 SIZES = (1, 3, 8, 13, 21)
 
@@ -99,6 +105,11 @@ def layers(draw, fused: bool = False) -> MoeInputs:
     )  # fmt: skip
 
 
+def width(inputs: MoeInputs, tiles) -> int | None:
+    """One column block of the output after the other, where memory would not ask for it."""
+    return None if inputs.expert_norm else min(inputs.hidden_size, (tiles or INTERPRETER)["down"].block_n)
+
+
 def uninterrupted(inputs: MoeInputs, tiles=None) -> torch.Tensor:
     run = TritonMoe(inputs, None, 0, tiles=tiles)
     run.launch_all()
@@ -125,9 +136,12 @@ def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
 
 def finish(run: TritonMoe, flag: PriorityFlag | None = None, quanta=(None,)):
     """Step until the run is done, resuming the class after each step that left; yields after every step."""
+    may_give_back = sum(run._grid(phase)[0] for phase in run._phases if run.tiles[phase.kernel].exit_k)
+    thrown_away = 0
     for i in range(1000):
         finished = run.step(quanta[i % len(quanta)])
-        assert run.tiles_taken == run.tiles_done
+        thrown_away, before = run.tiles_taken - run.tiles_done, thrown_away
+        assert 0 <= thrown_away - before <= may_give_back  # a tile for each program that leaves
         assert finished == (run.tiles_done == run.tiles_total)
         yield quanta[i % len(quanta)]
         if finished:
@@ -180,13 +194,14 @@ def flipping(flag: PriorityFlag, gaps):
     st.lists(st.integers(0, 12), max_size=12),
     st.lists(st.none() | st.integers(1, 9), min_size=1, max_size=5),
     st.sampled_from((1, 2, 2**31 - 1)),
+    st.booleans(),
 )
-def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share):
+def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks):
     expected = uninterrupted(inputs, tiles)
     assert_close(inputs, expected)
     flag = PriorityFlag()
     flag.share(0, share)
-    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
     done = 0
     with flipping(flag, gaps):
         for quantum in finish(run, flag, quanta):
@@ -197,11 +212,11 @@ def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share):
     assert not run.output.isnan().any()
 
 
-@given(layers(), st.sampled_from(TILES), st.lists(st.integers(0, 12), max_size=8))
-def test_every_element_is_written_once(inputs, tiles, gaps):
+@given(layers(), st.sampled_from(TILES), st.lists(st.integers(0, 12), max_size=8), st.booleans())
+def test_every_element_is_written_once(inputs, tiles, gaps, in_chunks):
     written = []
     flag = PriorityFlag()
-    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
     intermediate = run._intermediate  # what the kernel writes; a function's result may take its place
     with (
         flipping(flag, gaps),
@@ -215,14 +230,19 @@ def test_every_element_is_written_once(inputs, tiles, gaps):
     rows = [
         elements(run._output, range(inputs.num_tokens)),
         elements(intermediate, range(first, first + count)),
-        *(elements(part, here.nonzero().view(-1).tolist()) for part in run._partial),
+        *(
+            elements(part, here.nonzero().view(-1).tolist(), phase.size)
+            for phase in run._phases
+            if phase.kernel == "down"
+            for part in run._partial
+        ),
     ]
     assert np.array_equal(addresses, np.sort(np.concatenate(rows)))
 
 
-def elements(matrix: torch.Tensor, rows) -> np.ndarray:
-    """Addresses of the elements of some rows."""
-    columns = np.arange(matrix.shape[1])
+def elements(matrix: torch.Tensor, rows, columns: int | None = None) -> np.ndarray:
+    """Addresses of the elements of some rows, or of their first columns."""
+    columns = np.arange(matrix.shape[1] if columns is None else columns)
     offsets = (np.array(list(rows), dtype=np.int64)[:, None] * matrix.shape[1] + columns).reshape(-1)
     return (offsets * matrix.element_size() + matrix.data_ptr()).astype(np.uint64)
 
@@ -236,7 +256,8 @@ def test_launches_resume_without_the_host_knowing(inputs, gaps):
     if inputs.num_tokens:
         with flipping(flag, gaps):
             for _ in range(len(gaps) + 2):
-                run._launch((NO_LIMIT, NO_LIMIT, NO_LIMIT), (0, 1, 2))
+                for phase in run._phases:
+                    run._launch(phase)
                 flag.resume(0, "test")
         run._read()
     assert run.tiles_done == run.tiles_total
@@ -248,7 +269,7 @@ def test_launches_resume_without_the_host_knowing(inputs, gaps):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tiles", TILES, ids=["default", "small", "uneven"])
+@pytest.mark.parametrize("tiles", TILES, ids=["default", "small", "uneven", "exits"])
 def test_every_activation_and_dtype(activation, dtype, tiles):
     inputs = layer(9, 29, 19, 3, 2, dtype=dtype, activation=activation)
     assert_close(inputs, uninterrupted(inputs, tiles))
@@ -369,6 +390,58 @@ def test_a_flag_leaves_within_one_tile():
         assert run.tiles_done == -(-place // 2)
 
 
+def test_an_exit_inside_of_a_tile_gives_it_back():
+    """Paused at any atomic operation: what was begun is left, and the next step takes it first."""
+    inputs = layer(9, 29, 19, 3, 2)
+    expected = uninterrupted(inputs, TILES[3])
+    halfway = 0
+    for place in range(0, 60, 3):
+        flag = PriorityFlag()
+        run = TritonMoe(inputs, flag, 0, tiles=TILES[3])
+        with flipping(flag, [place]):
+            run.step(None)
+        returned = run._state[-run._slots :]
+        waiting = returned[returned >= 0].tolist()
+        assert len(waiting) == run.tiles_taken - run.tiles_done <= 1  # programs run one after another
+        halfway += len(waiting)
+        # A quantum of one takes a fresh tile only if none waits.
+        flag.resume(0, "test")
+        tickets = run._state[kernels.TICKETS.value].item()
+        run.step(1)
+        if waiting:
+            assert run._state[kernels.TICKETS.value].item() == tickets
+            assert not (run._state[-run._slots :] >= 0).any()
+        list(finish(run, flag))
+        assert torch.equal(run.output, expected)
+        assert run.tiles_taken == run.tiles_total + len(waiting)
+    assert halfway > 5
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=["default", "small", "uneven", "exits"])
+def test_a_share_that_grows_is_taken_up_by_the_next_launch(tiles):
+    inputs = layer(9, 29, 19, 3, 2)
+    flag = PriorityFlag()
+    flag.share(0, 1)
+    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    seen = []
+
+    def before(*_):
+        seen.append(1)
+        if len(seen) == 6:
+            flag.share(0, FULL)
+
+    with hooked("create_atomic_rmw", before):
+        assert not run.step(None)  # the one program that ran has left for the others' sake
+        assert 0 < run.tiles_done < run._totals[0]
+        list(finish(run))
+    assert torch.equal(run.output, uninterrupted(inputs, tiles))
+    # Shrinking needs no new launch: those that have to go go, and the others stay.
+    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    seen.clear()
+    with hooked("create_atomic_rmw", lambda *_: flag.share(0, 1)):
+        assert run.step(None)
+
+
 def test_a_phase_that_may_not_begin_gives_out_no_ticket():
     flag = PriorityFlag()
     run = TritonMoe(layer(9), flag, 0)
@@ -376,7 +449,7 @@ def test_a_phase_that_may_not_begin_gives_out_no_ticket():
     with flipping(flag, [3, 8]):
         run.step(None)
     assert flag.read()[0] > 0
-    tickets = run._state[:3].tolist()
+    tickets = run._state[kernels.TICKETS.value :][:3].tolist()
     assert tickets[0] == 2 < run._totals[0]
     assert tickets[1:] == [0, 0]
 
@@ -401,8 +474,8 @@ def test_memory_and_grids_do_not_depend_on_the_routing():
     runs = [TritonMoe(layer(9, experts=4, routing=routing), None, 0) for routing in ("one", "all", "any")]
     for attribute in ("_intermediate", "_partial", "_state", "_output"):
         assert len({getattr(run, attribute).shape for run in runs}) == 1
-    for phase in INTERPRETER:
-        assert len({run._grid(phase) for run in runs}) == 1
+    for phases in zip(*(run._phases for run in runs), strict=True):
+        assert len({run._grid(phase) for run, phase in zip(runs, phases, strict=True)}) == 1
 
 
 @given(layers(fused=True), st.sets(st.integers(0, 5)), st.integers(0, 2**16))
@@ -458,7 +531,7 @@ def test_memory_is_what_the_docstring_says(inputs):
     first = 4 * inputs.gate_up_size if own else size * inputs.intermediate_size
     second = inputs.hidden_size * (size * run.tiles["down"].split_k if inputs.expert_norm is None else 4)
     assert run._intermediate.nbytes + run._partial.nbytes == pairs * (first + second)
-    assert run._state.nbytes == 4 * (9 + 3 * (inputs.num_experts + 1))
+    assert run._state.nbytes == 4 * (98 + 3 * (inputs.num_experts + 1))
     known = ("_intermediate", "_partial", "_state", "_order", "_output")
     assert {name for name, x in vars(run).items() if isinstance(x, torch.Tensor)} <= set(known)
 

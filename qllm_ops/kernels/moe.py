@@ -1,34 +1,46 @@
 """The Triton kernels of the MoE layer: persistent, ticketed, and able to leave at every tile.
 
-Four launches in stream order, each a phase with its own tiles:
+Launches in stream order, each but the first a phase with its own tiles:
 
     route      where every expert's rows begin, and how many tiles there are      (one program)
     gate_up    intermediate[r] = act(gate) * up   for every sorted row r          (P, I)
-    down       partial[s, p] = part s of down(intermediate[r])   for p = order[r] (S, P, H)
+    down       partial[s, p] = part s of down(intermediate[r])   for p = order[r] (S, P, W)
     combine    output[t] = sum over k of weight[t, k] * sum over s of partial[s, t * K + k]
 
-P = T * K (token, k) pairs; pair p = t * K + k. `order` lists the pairs sorted by expert, so an expert
-owns a contiguous range of sorted rows, and `offsets` says where:
+P = T * K (token, k) pairs; pair p = t * K + k. down and combine take turns over chunks of W columns of the
+output, so that `partial` need not hold all H of them; mostly there is one chunk, W = H. `order` lists the
+pairs sorted by expert, so an expert owns a contiguous range of sorted rows, and `offsets` says where:
 
     sorted row   0    1  |  2    3    4  |  5  |  6
     expert      -1   -1  |  0    0    0  |  2  |  9         with E = 4: rows 0, 1 and 6 are skipped
     offsets                 [0]             [2]   [4]        = (2, 5, 5, 6, 6)
 
 What a run needs to be taken up again is one tensor, `state` (int32). `route` writes all of it; later
-only the first six words change:
+the plan stays as it is:
 
-    0 .. 2      tickets given out in each phase. They go on counting past the last tile
-    3 .. 5      tiles finished in each phase; a program adds its own when it leaves
-    6 .. 8      tiles in all
-    9 ..        offsets (E + 1), then the first row block of each expert and the number of all row blocks
+    budget      tiles that a step with a quantum may still take
+    given back  how often a tile was given back
+    tickets     given out in each of the phases, at most MAX_PHASES. They go on counting past the last tile
+    done        tiles finished in each phase; a program adds its own when it leaves
+    total       tiles in all
+    plan        offsets (E + 1), then the first row block of each expert and the number of all row blocks
                 (E + 1), for gate_up and again for down
+    returned    (SLOTS,) the ticket of a tile that was given back by the program of this number, or -1
 
 A program polls the flag, takes a ticket, computes that tile whole, and only then polls again. So a
 tile that was taken is a tile that is done, and no tile's arithmetic depends on who ran it or when.
+
+Where one tile takes longer than leaving may (EXIT_K > 0), a program polls inside of its sums as well, drops
+them if it has to leave, and gives the ticket back: whoever looks for work next takes it first. A ticket is
+always in one place, the counter, a slot or a program, and moves by single atomic operations.
 """
 
 import triton
 import triton.language as tl
+
+from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
+
+MAX_PHASES = tl.constexpr(_MAX_PHASES)
 
 # Row blocks of one expert that run side by side share a block of weights through the L2 cache; beyond
 # this many, the activations of the group would in turn be read from memory once per block of weights.
@@ -37,37 +49,104 @@ GROUP_M = tl.constexpr(16)
 # The interpreter multiplies bfloat16 numbers as if they were integers, and cuts where it should round.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-DONE = tl.constexpr(3)
-TOTAL = tl.constexpr(6)
-OFFSETS = tl.constexpr(9)
+BUDGET = tl.constexpr(0)
+GIVEN_BACK = tl.constexpr(1)
+TICKETS = tl.constexpr(2)
+DONE = tl.constexpr(TICKETS + MAX_PHASES)
+TOTAL = tl.constexpr(DONE + MAX_PHASES)
+OFFSETS = tl.constexpr(TOTAL + MAX_PHASES)
 
 
 @triton.jit
-def next_ticket(state_ptr, flag_ptr, end, PHASE: tl.constexpr, HAS_FLAG: tl.constexpr):
-    """Poll, then take a ticket; `end` if this program has to leave.
+def poll(flag_ptr):
+    """How many programs of this launch may run now.
 
-    The poll is an atomic that adds nothing: one thread reads, and the whole program sees the same value.
-    A volatile load would let the warps of one program read different values.
+    An atomic that adds nothing: one thread reads, and the whole program sees the same value. A volatile load
+    would let the warps of one program read different values.
+    """
+    return tl.atomic_add(flag_ptr, 0, sem="relaxed", scope="sys")
+
+
+@triton.jit
+def next_ticket(
+    state_ptr,
+    returned_ptr,
+    flag_ptr,
+    end,
+    share,  # most programs that the flag may allow before this launch leaves to begin anew with more
+    quantum,  # whether tiles are taken out of the budget
+    phase,
+    HAS_FLAG: tl.constexpr,
+    EXIT_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Poll, then take a ticket: `end` or more if this program has to leave.
+
+    Programs that a share has kept out do not come back by themselves: when it grows, those that run leave
+    too, and the next launch begins with more.
     """
     # A phase that may not begin gives out no ticket: nobody would compute its tile.
     may_run = end > 0
+    if quantum != 0:
+        may_run &= tl.atomic_add(state_ptr + BUDGET, -1, sem="relaxed") > 0
     if HAS_FLAG:
-        may_run &= tl.program_id(0) < tl.atomic_add(flag_ptr, 0, sem="relaxed", scope="sys")
+        programs = poll(flag_ptr)
+        may_run &= (tl.program_id(0) < programs) & (programs <= share)
     ticket = end
     if may_run:
-        ticket = tl.atomic_add(state_ptr + PHASE, 1, sem="relaxed")
+        ticket = -1
+        if EXIT_K > 0:
+            ticket = take_returned(returned_ptr, SLOTS)
+        if ticket < 0:
+            ticket = tl.atomic_add(state_ptr + TICKETS + phase, 1, sem="relaxed")
     return ticket
 
 
 @triton.jit
-def last_ticket(state_ptr, limit, PHASE: tl.constexpr):
-    """One past the last ticket that this launch may compute; 0 while the previous phase is not done.
+def leave(state_ptr, done, quantum, phase):
+    """Count the tiles that this program has finished."""
+    tl.atomic_add(state_ptr + DONE + phase, done, sem="relaxed")
+    if quantum != 0:  # It has paid for a last look for work, which found none.
+        tl.atomic_add(state_ptr + BUDGET, 1, sem="relaxed")
+
+
+@triton.jit
+def take_returned(returned_ptr, SLOTS: tl.constexpr):
+    """A ticket that was given back, or -1.
+
+    What this program sees of the slots may be old; the exchange decides who gets a ticket. It tries all that
+    it sees: where nobody leaves any more, none is left behind.
+    """
+    slots = tl.arange(0, SLOTS)
+    # Everybody begins at a slot of their own, so that few reach for the same one.
+    distance = (slots - tl.program_id(0)) & (SLOTS - 1)
+    distance = tl.where(tl.load(returned_ptr + slots) >= 0, distance, SLOTS)
+    nearest = tl.min(distance, axis=0)
+    ticket = -1
+    while (ticket < 0) & (nearest < SLOTS):
+        slot = (nearest + tl.program_id(0)) & (SLOTS - 1)
+        ticket = tl.atomic_xchg(returned_ptr + slot, -1, sem="relaxed")
+        distance = tl.where(distance == nearest, SLOTS, distance)
+        nearest = tl.min(distance, axis=0)
+    return ticket
+
+
+@triton.jit
+def give_back(ticket, state_ptr, returned_ptr):
+    """Leave a ticket for others. This program's slot is empty: it looked there before it took any other."""
+    tl.atomic_xchg(returned_ptr + tl.program_id(0), ticket, sem="relaxed")
+    tl.atomic_add(state_ptr + GIVEN_BACK, 1, sem="relaxed")
+
+
+@triton.jit
+def last_ticket(state_ptr, phase):
+    """One past the last ticket of a phase; 0 while the previous phase is not done.
 
     The end of a launch makes its tiles visible to the next.
     """
-    end = tl.minimum(limit, tl.load(state_ptr + TOTAL + PHASE))
-    if PHASE > 0:
-        ready = tl.load(state_ptr + DONE + PHASE - 1) >= tl.load(state_ptr + TOTAL + PHASE - 1)
+    end = tl.load(state_ptr + TOTAL + phase)
+    if phase > 0:
+        ready = tl.load(state_ptr + DONE + phase - 1) >= tl.load(state_ptr + TOTAL + phase - 1)
         end = tl.where(ready, end, 0)
     return end
 
@@ -104,17 +183,59 @@ def multiply(
     b_inside,  # which columns of b exist, if MASKED
     begin,
     stop,
+    flag_ptr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    EXIT_K: tl.constexpr,
+    HAS_FLAG: tl.constexpr,
 ):
-    """Sum over k in [begin, stop) of a[:, k] * b[k, :], in increasing k, in float32."""
-    ks = tl.arange(0, BLOCK_K)
+    """Sum over k in [begin, stop) of a[:, k] * b[k, :], in increasing k, in float32; and whether all of it.
+
+    With EXIT_K, a multiple of BLOCK_K, this program leaves the sums halfway once it may no longer run.
+    """
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in tl.range(begin, stop, BLOCK_K, num_stages=STAGES):
+    if EXIT_K == 0:
+        sums = add_products(
+            sums, a_ptrs, b_ptrs, b_stride, b_inside, begin, stop, stop, MASKED, EVEN, BLOCK_K, STAGES
+        )
+        whole = True
+    else:
+        k = begin
+        stay = k < stop
+        while stay:
+            upto = tl.minimum(k + EXIT_K, stop)
+            sums = add_products(
+                sums, a_ptrs, b_ptrs, b_stride, b_inside, k, upto, stop, MASKED, EVEN, BLOCK_K, STAGES
+            )
+            k += EXIT_K
+            stay = k < stop
+            if HAS_FLAG:
+                stay &= tl.program_id(0) < poll(flag_ptr)
+        whole = k >= stop
+    return sums, whole
+
+
+@triton.jit
+def add_products(
+    sums,
+    a_ptrs,
+    b_ptrs,
+    b_stride,
+    b_inside,
+    begin,
+    upto,
+    stop,
+    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    ks = tl.arange(0, BLOCK_K)
+    for k in tl.range(begin, upto, BLOCK_K, num_stages=STAGES):
         inside = k + ks < stop
         if EVEN:
             a = tl.load(a_ptrs + k)
@@ -174,25 +295,30 @@ def below(x, LIMIT: tl.constexpr):
     return tl.where(x > LIMIT, LIMIT, x)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "combine_tiles"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "down_blocks", "last_down_blocks", "combine_tiles", "last_combine_tiles"]
+)
 def route(
     sorted_ptr,  # (P,) expert of every sorted row
     state_ptr,
     num_pairs,
     num_experts,
+    num_phases,
     gate_up_blocks,  # column blocks of one row block, in each phase
     down_blocks,
+    last_down_blocks,  # of the last chunk of columns
     combine_tiles,
+    last_combine_tiles,
     GATE_UP_M: tl.constexpr,
     DOWN_M: tl.constexpr,
     BLOCK_E: tl.constexpr,  # power of two, at least E + 1
+    SLOTS: tl.constexpr,
 ):
     """Write the state of a run that has not begun. One program, of no class: it never waits.
 
     Every expert finds its rows by binary search, which is faster for one program than a pass over them.
     """
     experts = tl.arange(0, BLOCK_E)
-    tl.store(state_ptr + experts, 0, mask=experts < TOTAL)
     known = experts < num_experts
     begin = first_row(sorted_ptr, num_pairs, experts, BLOCK_E)
     rows = first_row(sorted_ptr, num_pairs, experts + 1, BLOCK_E) - begin
@@ -200,11 +326,23 @@ def route(
     offsets_ptr = state_ptr + OFFSETS
     tl.store(offsets_ptr + experts, begin, mask=experts <= num_experts)
     blocks_ptr = offsets_ptr + num_experts + 1
-    total = write_blocks(blocks_ptr, experts, known, rows, GATE_UP_M)
-    tl.store(state_ptr + TOTAL, total * gate_up_blocks)
-    total = write_blocks(blocks_ptr + num_experts + 1, experts, known, rows, DOWN_M)
-    tl.store(state_ptr + TOTAL + 1, total * down_blocks)
-    tl.store(state_ptr + TOTAL + 2, combine_tiles)
+    gate_up_rows = write_blocks(blocks_ptr, experts, known, rows, GATE_UP_M)
+    down_rows = write_blocks(blocks_ptr + num_experts + 1, experts, known, rows, DOWN_M)
+    if SLOTS > 0:
+        tl.store(blocks_ptr + 2 * (num_experts + 1) + tl.arange(0, SLOTS), -1)
+
+    phases = tl.arange(0, MAX_PHASES)
+    is_last, is_down = phases >= num_phases - 2, phases % 2 == 1
+    tiles = tl.where(
+        is_down,
+        down_rows * tl.where(is_last, last_down_blocks, down_blocks),
+        tl.where(is_last, last_combine_tiles, combine_tiles),
+    )
+    tiles = tl.where(phases == 0, gate_up_rows * gate_up_blocks, tiles)
+    tl.store(state_ptr + phases, 0, mask=phases < TICKETS)
+    tl.store(state_ptr + TICKETS + phases, 0)
+    tl.store(state_ptr + DONE + phases, 0)
+    tl.store(state_ptr + TOTAL + phases, tl.where(phases < num_phases, tiles, 0))
 
 
 @triton.jit
@@ -231,7 +369,7 @@ def write_blocks(blocks_ptr, experts, known, rows, BLOCK_M: tl.constexpr):
     return tl.sum(blocks, axis=0)
 
 
-@triton.jit(do_not_specialize=["limit"], do_not_specialize_on_alignment=["flag_ptr"])
+@triton.jit(do_not_specialize=["share", "quantum"], do_not_specialize_on_alignment=["flag_ptr"])
 def gate_up(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
@@ -240,7 +378,8 @@ def gate_up(
     order_ptr,  # (P,) int64
     state_ptr,
     flag_ptr,
-    limit,
+    share,
+    quantum,
     num_experts,
     top_k,
     hidden_size,
@@ -251,7 +390,9 @@ def gate_up(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,  # None: no clamp
     UP_OFFSET: tl.constexpr,
-    PAIRS: tl.constexpr,  # where an up row is: "halves", I after its gate's; "alternating", 1 after; "none"
+    # Where an up row is: "halves" and "blocks", I after its gate's; "alternating", 1 after; "none". "blocks"
+    # is for rows that are contiguous: a tile has BLOCK_N gates, then their ups, loaded 16 bytes at a time.
+    PAIRS: tl.constexpr,
     MASKED: tl.constexpr,  # rows of weights are contiguous (k_stride is not 1), and R no multiple of a tile's
     HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
@@ -261,13 +402,16 @@ def gate_up(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    EXIT_K: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     offsets_ptr = state_ptr + OFFSETS
+    returned_ptr = offsets_ptr + 3 * (num_experts + 1)
     n_blocks = tl.cdiv(weight_rows, 2 * BLOCK_N)
     out_columns = weight_rows if PAIRS == "none" else weight_rows // 2
-    end = last_ticket(state_ptr, limit, 0)
+    end = last_ticket(state_ptr, 0)
     done = 0
-    ticket = next_ticket(state_ptr, flag_ptr, end, 0, HAS_FLAG)
+    ticket = next_ticket(state_ptr, returned_ptr, flag_ptr, end, share, quantum, 0, HAS_FLAG, EXIT_K, SLOTS)
     while ticket < end:
         expert, row, stop, n_block = locate(
             ticket, offsets_ptr + num_experts + 1, offsets_ptr, num_experts, n_blocks, BLOCK_M, BLOCK_E
@@ -276,21 +420,25 @@ def gate_up(
         # Rows past the expert's last read pair 0, which exists, and are not stored. So the loads in
         # the loop need no mask; the same for the columns past the last.
         tokens = tl.load(order_ptr + rows, mask=rows < stop, other=0) // top_k
-        # Gate and up rows alternate, so that one product holds both halves of a pair in one thread.
         both = tl.arange(0, 2 * BLOCK_N)
         weights = n_block * 2 * BLOCK_N + both
         inside = weights < weight_rows
         if PAIRS == "halves":
+            # Gate and up rows alternate, so that one product holds both halves of a pair in one thread.
             weights = tl.minimum(n_block * BLOCK_N + both // 2, out_columns - 1) + both % 2 * out_columns
+        elif PAIRS == "blocks":
+            weights = n_block * BLOCK_N + both % BLOCK_N
+            inside = weights < out_columns
+            weights += both // BLOCK_N * out_columns
         elif not MASKED:
             weights = tl.minimum(weights, weight_rows - 1)
         ks = tl.arange(0, BLOCK_K)
         expert_ptr = weight_ptr + expert.to(tl.int64) * weight_rows * hidden_size
-        sums = multiply(
+        sums, whole = multiply(
             hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
             expert_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
-            k_stride, inside, 0, hidden_size,
-            MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES,
+            k_stride, inside, 0, hidden_size, flag_ptr,
+            MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert.to(tl.int64) * weight_rows + weights, mask=inside, other=0.0)
@@ -301,7 +449,11 @@ def gate_up(
             result = activate(sums, ACTIVATION, ALPHA)
             columns = n_block * 2 * BLOCK_N + both
         else:
-            gate, up = tl.split(tl.reshape(sums, (BLOCK_M, BLOCK_N, 2)))
+            if PAIRS == "blocks":
+                pairs = tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
+            else:
+                pairs = tl.reshape(sums, (BLOCK_M, BLOCK_N, 2))
+            gate, up = tl.split(pairs)
             if LIMIT is not None:
                 gate = below(gate, LIMIT)
                 up = -below(-below(up, LIMIT), LIMIT)
@@ -312,27 +464,39 @@ def gate_up(
         tl.store(
             intermediate_ptr + rows[:, None].to(tl.int64) * out_columns + columns[None, :],
             narrow(result, intermediate_ptr.dtype.element_ty),
-            mask=(rows < stop)[:, None] & (columns < out_columns)[None, :],
+            mask=(rows < tl.where(whole, stop, row))[:, None] & (columns < out_columns)[None, :],
         )
-        done += 1
-        ticket = next_ticket(state_ptr, flag_ptr, end, 0, HAS_FLAG)
-    tl.atomic_add(state_ptr + DONE + 0, done, sem="relaxed")
+        if not whole:
+            give_back(ticket, state_ptr, returned_ptr)
+        done += tl.where(whole, 1, 0)
+        ticket = next_ticket(
+            state_ptr, returned_ptr, flag_ptr, end, share, quantum, 0, HAS_FLAG, EXIT_K, SLOTS
+        )
+    leave(state_ptr, done, quantum, 0)
 
 
-@triton.jit(do_not_specialize=["limit", "num_pairs"], do_not_specialize_on_alignment=["flag_ptr"])
+@triton.jit(
+    do_not_specialize=["share", "quantum", "phase", "num_pairs"],
+    do_not_specialize_on_alignment=["flag_ptr"],
+)
 def down(
     intermediate_ptr,  # (P, I)
     weight_ptr,  # (E, H, I), strides below
     bias_ptr,  # (E, H)
-    partial_ptr,  # (SPLIT_K, P, H)
+    partial_ptr,  # (SPLIT_K, P, W)
     order_ptr,  # (P,) int64
     state_ptr,
     flag_ptr,
-    limit,
+    share,
+    quantum,
+    phase,
     num_pairs,
     num_experts,
     hidden_size,
     intermediate_size,
+    chunk_begin,  # the columns of this launch: [chunk_begin, chunk_begin + chunk_size)
+    chunk_size,
+    partial_width,  # W
     row_stride,
     k_stride,
     MASKED: tl.constexpr,  # as in gate_up
@@ -345,14 +509,19 @@ def down(
     BLOCK_E: tl.constexpr,
     SPLIT_K: tl.constexpr,
     STAGES: tl.constexpr,
+    EXIT_K: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     offsets_ptr = state_ptr + OFFSETS
     blocks_ptr = offsets_ptr + 2 * (num_experts + 1)
-    n_blocks = tl.cdiv(hidden_size, BLOCK_N) * SPLIT_K
+    returned_ptr = offsets_ptr + 3 * (num_experts + 1)
+    n_blocks = tl.cdiv(chunk_size, BLOCK_N) * SPLIT_K
     part_size = tl.cdiv(tl.cdiv(intermediate_size, SPLIT_K), BLOCK_K) * BLOCK_K
-    end = last_ticket(state_ptr, limit, 1)
+    end = last_ticket(state_ptr, phase)
     done = 0
-    ticket = next_ticket(state_ptr, flag_ptr, end, 1, HAS_FLAG)
+    ticket = next_ticket(
+        state_ptr, returned_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, EXIT_K, SLOTS
+    )
     while ticket < end:
         expert, row, stop, n_block = locate(
             ticket, blocks_ptr, offsets_ptr, num_experts, n_blocks, BLOCK_M, BLOCK_E
@@ -362,75 +531,88 @@ def down(
         valid = rows < stop
         columns = n_block // SPLIT_K * BLOCK_N + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
-        inside = columns < hidden_size
-        weights = columns if MASKED else tl.minimum(columns, hidden_size - 1)
-        expert_ptr = weight_ptr + expert.to(tl.int64) * hidden_size * intermediate_size
+        inside = columns < chunk_size
+        weights = columns if MASKED else tl.minimum(columns, chunk_size - 1)
+        first_weight = expert.to(tl.int64) * hidden_size * intermediate_size + chunk_begin * row_stride
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
-        sums = multiply(
+        sums, whole = multiply(
             intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
-            expert_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
-            k_stride, inside, begin, tl.minimum(begin + part_size, intermediate_size),
-            MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            weight_ptr + first_weight + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
+            k_stride, inside, begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr,
+            MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + expert.to(tl.int64) * hidden_size + columns, mask=inside, other=0.0)
+            bias_row_ptr = bias_ptr + expert.to(tl.int64) * hidden_size + chunk_begin
+            bias = tl.load(bias_row_ptr + columns, mask=inside, other=0.0)
             sums += tl.where(part == 0, bias.to(tl.float32), 0.0)[None, :]
         pairs = tl.load(order_ptr + rows, mask=valid, other=0) + part.to(tl.int64) * num_pairs
         tl.store(
-            partial_ptr + pairs[:, None] * hidden_size + columns[None, :],
+            partial_ptr + pairs[:, None] * partial_width + columns[None, :],
             narrow(sums, partial_ptr.dtype.element_ty),
-            mask=valid[:, None] & (columns < hidden_size)[None, :],
+            mask=(rows < tl.where(whole, stop, row))[:, None] & inside[None, :],
         )
-        done += 1
-        ticket = next_ticket(state_ptr, flag_ptr, end, 1, HAS_FLAG)
-    tl.atomic_add(state_ptr + DONE + 1, done, sem="relaxed")
+        if not whole:
+            give_back(ticket, state_ptr, returned_ptr)
+        done += tl.where(whole, 1, 0)
+        ticket = next_ticket(
+            state_ptr, returned_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, EXIT_K, SLOTS
+        )
+    leave(state_ptr, done, quantum, phase)
 
 
-@triton.jit(do_not_specialize=["limit", "num_tokens"], do_not_specialize_on_alignment=["flag_ptr"])
+@triton.jit(
+    do_not_specialize=["share", "quantum", "phase", "num_tokens"],
+    do_not_specialize_on_alignment=["flag_ptr"],
+)
 def combine(
-    partial_ptr,  # (SPLIT_K, P, H)
+    partial_ptr,  # (SPLIT_K, P, W)
     index_ptr,  # (T, K)
     weights_ptr,  # (T, K)
     output_ptr,  # (T, H)
     state_ptr,
     flag_ptr,
-    limit,
+    share,
+    quantum,
+    phase,
     num_tokens,
     num_experts,
     hidden_size,
+    chunk_begin,
+    chunk_size,
+    partial_width,
     HAS_FLAG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(hidden_size, BLOCK_N)
-    end = last_ticket(state_ptr, limit, 2)
+    n_blocks = tl.cdiv(chunk_size, BLOCK_N)
+    end = last_ticket(state_ptr, phase)
     done = 0
-    ticket = next_ticket(state_ptr, flag_ptr, end, 2, HAS_FLAG)
+    ticket = next_ticket(state_ptr, state_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, 0, 0)
     while ticket < end:
         tokens = (ticket // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         columns = ticket % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (tokens < num_tokens)[:, None] & (columns < hidden_size)[None, :]
+        inside = (tokens < num_tokens)[:, None] & (columns < chunk_size)[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # The loads of two k are under way at once; those of four make one compiler spill.
-        for k in tl.range(0, TOP_K, loop_unroll_factor=2):
+        # The loads of two k are under way at once, or of all parts of one; of more, registers run out.
+        for k in tl.range(0, TOP_K, loop_unroll_factor=2 if SPLIT_K == 1 else 1):
             pairs = tokens * TOP_K + k
             experts = tl.load(index_ptr + pairs, mask=tokens < num_tokens, other=-1).to(tl.int64)
             here = (experts >= 0) & (experts < num_experts)
             weights = tl.load(weights_ptr + pairs, mask=here, other=0.0).to(tl.float32)
             value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for part in tl.static_range(SPLIT_K):
-                rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * hidden_size
+                rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * partial_width
                 term = tl.load(partial_ptr + rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
                 value += term.to(tl.float32)
             sums += weights[:, None] * value
         tl.store(
-            output_ptr + tokens[:, None] * hidden_size + columns[None, :],
+            output_ptr + tokens[:, None] * hidden_size + (chunk_begin + columns)[None, :],
             narrow(sums, output_ptr.dtype.element_ty),
             mask=inside,
         )
         done += 1
-        ticket = next_ticket(state_ptr, flag_ptr, end, 2, HAS_FLAG)
-    tl.atomic_add(state_ptr + DONE + 2, done, sem="relaxed")
+        ticket = next_ticket(state_ptr, state_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, 0, 0)
+    leave(state_ptr, done, quantum, phase)
