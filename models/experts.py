@@ -57,7 +57,8 @@ class Preemption:
         granularity: "tile": leave at the next tile, mid-layer. "layer": look at the flag once per MoE
             layer, just before its experts, which then run to the end. None: do not look at the flag
             inside the pass.
-        wasted_tiles: how many tiles the passes took and threw away; 0, or a kernel is broken.
+        wasted_tiles: how many tiles the passes left halfway, to be computed again. Not counted under a
+            stream gate, where nobody asks the device.
     """
 
     flag: PriorityFlag | None = None
@@ -188,8 +189,8 @@ def _experts_forward(
     options = {**layout.options(module), "backend": settings.backend}
     if _warming.get() is not None:
         _warm_up(tensors, options)
-    if flag is None:
-        output = moe(*tensors, **options)
+    if flag is None or flag.gate == "stream":
+        output = moe(*tensors, **options, flag=flag, priority=preemption.priority)
     else:
         run = MoeRun(*tensors, **options, flag=flag, priority=preemption.priority)
         while not run.step():

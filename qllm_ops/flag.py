@@ -11,7 +11,7 @@ one lock and, on a GPU, one stream, so that an earlier resume can never overtake
 A pause belongs to an owner and has a deadline. A class runs again when its last owner has let
 go or run out of time: being resumed early costs latency, being paused for ever loses work.
 Whoever waits at the flag or steps a run looks at the deadlines too, so no watchdog thread is
-needed for a host that waits.
+needed for a host that waits. For device streams that wait (gate="stream") there is one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ FULL = 2**31 - 1
 
 PAUSE_TIMEOUT_S = 60.0
 """Deadline of a pause whose owner names none, in seconds."""
+
+WATCH_S = 1.0
+"""How often the watchdog of a flag with a stream gate looks at least, in seconds."""
 
 NUMBERED: weakref.WeakValueDictionary[int, PriorityFlag] = weakref.WeakValueDictionary()
 """Every flag by its number: how a compiled graph refers to one."""
@@ -56,6 +59,11 @@ class PriorityFlag:
         writer: how a word in CUDA memory is written: "stream" (``cuStreamWriteValue32`` through
             cuda-bindings), "copy" (a copy from pinned memory), or None for the first that works.
             Neither needs a free multiprocessor, which a kernel such as ``fill_`` would.
+        gate: where paused work of :func:`qllm_ops.moe` stands still. "host": the calling thread waits, and
+            looks after every launch whether it was left: one round trip per layer. "stream": the stream
+            waits (``cuStreamWaitValue32``, through cuda-bindings), and the thread may run ahead, up to the
+            next layer that begins while the class is paused. A stream that waits keeps whatever shares a
+            hardware queue with it waiting as well: set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts.
 
     Attributes:
         words: int32 tensor of shape (classes,) on ``device``; what kernels poll. Read only.
@@ -71,7 +79,10 @@ class PriorityFlag:
         clock: Callable[[], float] = time.monotonic,
         on_event: Event | None = None,
         writer: str | None = None,
+        gate: str = "host",
     ):
+        if gate not in ("host", "stream"):
+            raise ValueError(f'gate must be "host" or "stream", got {gate!r}')
         if not isinstance(classes, int) or classes < 1:
             raise ValueError(f"classes must be a positive integer, got {classes!r}")
         self.device = torch.device(device)
@@ -79,6 +90,7 @@ class PriorityFlag:
             raise ValueError(f"device must be a CPU or a CUDA device, got {self.device}")
         self.words = torch.full((classes,), FULL, dtype=torch.int32, device=self.device)
         self.expired = 0
+        self.gate = gate
         self.number = next(_numbers)
         NUMBERED[self.number] = self
         self._clock = clock
@@ -87,11 +99,14 @@ class PriorityFlag:
         self._owners: list[dict[Hashable, float | None]] = [{} for _ in range(classes)]
         self._changed = threading.Condition()
         if self.device.type == "cuda":
-            self._write_word = _CudaWriter(self.words, writer)
+            self._write_word = _CudaWords(self.words, writer, gate)
         elif writer is not None:
             raise ValueError(f"writer={writer!r} is for CUDA flags; this one is on {self.device}")
         else:
             self._write_word = self.words.__setitem__
+        if gate == "stream":
+            watch = threading.Thread(target=_watch, args=(weakref.ref(self),), name="qllm-flag", daemon=True)
+            watch.start()
 
     @property
     def classes(self) -> int:
@@ -207,13 +222,30 @@ class PriorityFlag:
             finally:
                 self._on_event("unpark", c, self._clock())
 
+    def hold(self, priority: int) -> None:
+        """Let the current CUDA stream stand still while class ``priority`` is paused: the stream gate.
+
+        Returns at once; may be captured in a CUDA graph if the driver allows it. On a CPU, where work is done
+        when it is enqueued, the calling thread stands still.
+
+        Raises:
+            RuntimeError: the flag was not made with gate="stream", or the driver refuses.
+        """
+        c = self._check(priority)
+        if self.gate != "stream":
+            raise RuntimeError('a stream can be held only by a flag that was made with gate="stream"')
+        if isinstance(self._write_word, _CudaWords):
+            self._write_word.hold(c)
+        else:
+            self.wait(c)
+
     def fence(self) -> None:
         """Let what the current CUDA stream launches next see every word written so far.
 
         Words are written on a stream of the flag's own, so that a pause overtakes work that is queued.
         A launch that has to see them as well waits for that stream, which is never busy for long.
         """
-        if isinstance(self._write_word, _CudaWriter):
+        if isinstance(self._write_word, _CudaWords):
             torch.cuda.current_stream(self.device).wait_stream(self._write_word.stream)
 
     def expire(self) -> int:
@@ -254,45 +286,82 @@ class PriorityFlag:
         return priority
 
 
-class _CudaWriter:
-    """Writes words of a CUDA tensor from the host, all on one stream and without a kernel."""
+def _watch(reference: weakref.ref[PriorityFlag]) -> None:
+    """End the pauses of a flag that are past their deadline, as long as there is the flag."""
+    while (flag := reference()) is not None:
+        changed = flag._changed
+        with changed:
+            now = flag._clock()
+            flag._expire(now)
+            deadlines = (t for owners in flag._owners for t in owners.values() if t is not None)
+            # Looks now and then, too: the clock may be a test's, and the flag may be gone.
+            wait_s = min(max(min(deadlines, default=now + WATCH_S) - now, 0.0005), WATCH_S)
+            del flag
+            changed.wait(wait_s)
 
-    def __init__(self, words: torch.Tensor, kind: str | None):
-        if kind not in (None, "stream", "copy"):
-            raise ValueError(f'writer must be "stream", "copy" or None, got {kind!r}')
+
+class _CudaWords:
+    """Writes words of a CUDA tensor from the host, all on one stream and without a kernel; holds streams."""
+
+    def __init__(self, words: torch.Tensor, writer: str | None, gate: str):
+        if writer not in (None, "stream", "copy"):
+            raise ValueError(f'writer must be "stream", "copy" or None, got {writer!r}')
         self.words = words
         # Its own stream: a pause must not queue behind work that the caller has enqueued.
         _, most_urgent = torch.cuda.Stream.priority_range()
         self.stream = torch.cuda.Stream(device=words.device, priority=most_urgent)
         self.stream.wait_stream(torch.cuda.current_stream(words.device))
         self.pinned: dict[int, torch.Tensor] = {}
-        self.driver: Any = None
-        if kind != "copy":
-            try:
-                from cuda.bindings import driver
-
-                self.driver = driver
-                self(0, FULL)
-                self.stream.synchronize()
-            except Exception as error:
-                self.driver = None
-                if kind == "stream":
-                    raise ValueError(f'writer="stream" does not work here: {error}') from error
-        self.kind = "copy" if self.driver is None else "stream"
+        self.kind = "copy"
+        try:
+            self._open_driver(gate)
+            self.kind = "copy" if writer == "copy" else "stream"
+        except Exception as error:
+            for name, asked in (("writer", writer), ("gate", gate)):
+                if asked == "stream":
+                    raise ValueError(f'{name}="stream" does not work here: {error}') from error
         if self.kind == "copy":
             # Pinning memory may wait for the device: the common values are ready before the first pause.
             self._pinned(0), self._pinned(FULL)
 
+    def _open_driver(self, gate: str) -> None:
+        """Find the driver, and try it on a word that holds nobody."""
+        from cuda.bindings import driver
+
+        self.driver: Any = driver
+        # A thread that has used no CUDA yet has no context, and then the driver knows no stream.
+        self.context = self._checked(driver.cuDevicePrimaryCtxRetain(self.words.device.index))
+        self._enqueue("cuStreamWriteValue32", self.stream, 0, FULL)
+        if gate == "stream":
+            self._enqueue("cuStreamWaitValue32", self.stream, 0, 1)
+        self.stream.synchronize()
+
     def __call__(self, c: int, value: int) -> None:
-        if self.driver is not None:
-            (status,) = self.driver.cuStreamWriteValue32(
-                self.driver.CUstream(self.stream.cuda_stream), self.words.data_ptr() + 4 * c, value, 0
-            )
-            if int(status) != 0:
-                raise RuntimeError(f"cuStreamWriteValue32 failed: {status}")
+        if self.kind == "stream":
+            self._enqueue("cuStreamWriteValue32", self.stream, c, value)
             return
         with torch.cuda.stream(self.stream):
             self.words[c : c + 1].copy_(self._pinned(value), non_blocking=True)
+
+    def hold(self, c: int) -> None:
+        # Flags of 0 wait until the word is at least 1, as signed numbers: FULL is the largest of those.
+        self._enqueue("cuStreamWaitValue32", torch.cuda.current_stream(self.words.device), c, 1)
+
+    def _enqueue(self, operation: str, stream: torch.cuda.Stream, c: int, value: int) -> None:
+        driver = self.driver
+        self._checked(driver.cuCtxPushCurrent(self.context))
+        try:
+            address = self.words.data_ptr() + 4 * c
+            self._checked(getattr(driver, operation)(driver.CUstream(stream.cuda_stream), address, value, 0))
+        finally:
+            driver.cuCtxPopCurrent()
+
+    @staticmethod
+    def _checked(returned: tuple[Any, ...]) -> Any:
+        status, *values = returned
+        if int(status) != 0:
+            raise RuntimeError(f"the CUDA driver refuses: {status}")
+        return values[0] if values else None
 
     def _pinned(self, value: int) -> torch.Tensor:
         """One pinned word per value, never overwritten: a copy in flight always reads what was meant."""

@@ -76,7 +76,8 @@ def moe(
         max_exit_us: how long a tile, and so leaving, may take at the device's peak rates, in
             microseconds; float("inf") for the fastest tiles. How sums are cut depends on it, and with
             that their last bits. Triton backend; a tile of the torch backend takes milliseconds.
-        flag: whose word for ``priority`` pauses the layer between tiles; None for never.
+        flag: whose word for ``priority`` pauses the layer between tiles; None for never. Under
+            ``PriorityFlag(gate="stream")`` the call waits for nothing once it has begun (Triton backend).
         priority: class of this work, 0 to flag.classes - 1.
         backend: "torch" (any device), "triton" (CUDA; CPU only under TRITON_INTERPRET=1), or "auto":
             triton for CUDA tensors where it is installed and runs on the device, else torch.
@@ -118,8 +119,14 @@ def _moe(*tensors: Tensor, flag: PriorityFlag | None, priority: int, backend: st
     inputs = check_inputs(*tensors, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
     layer = _backend_class(_choose(backend, inputs))(inputs, flag, priority)
-    if flag is None and hasattr(layer, "launch_all"):
+    on_stream = hasattr(layer, "launch_all")
+    if flag is None and on_stream:
         layer.launch_all()
+    elif flag is not None and flag.gate == "stream" and on_stream:
+        # What would stand still need not be launched, and this thread leaves the interpreter to others.
+        if not (layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            flag.wait(priority)
+        layer.launch_all(gated=True)
     else:
         while not layer.step(None):
             flag.wait(priority)
@@ -198,7 +205,7 @@ class MoeRun:
     def tiles_taken(self) -> int:
         """tiles_done, and one more for every time a tile was left halfway to be computed again.
 
-        Only tiles that take longer than ``max_exit_us`` are left halfway; else the two are equal between steps.
+        Only tiles that take longer than ``max_exit_us`` are; without such the two are equal between steps.
         """
         return self._layer.tiles_taken
 

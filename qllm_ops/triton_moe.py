@@ -265,8 +265,9 @@ class TritonMoe:
         products = [phase for phase in self._phases if phase.kernel != "combine"]
         self._slots = 0
         if any(self.tiles[phase.kernel].exit_k for phase in products):
-            # One for each program that may give a tile back; a power of two.
-            self._slots = triton.next_power_of_2(max(1, *(self._grid(phase)[0] for phase in products)))
+            # One for each program that may give a tile back, whatever T is: kernels are compiled for it.
+            resident = max(self.tiles[phase.kernel].programs_per_sm for phase in products)
+            self._slots = triton.next_power_of_2(resident * multiprocessors(self.device))
         words = kernels.OFFSETS.value + 3 * (self.inputs.num_experts + 1) + self._slots
         self._state = torch.empty(words, dtype=torch.int32, device=self.device)
 

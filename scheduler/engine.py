@@ -44,6 +44,8 @@ class Engine:
         policy: "fcfs", "priority", "layer", "tile", or an object of your own like those.
         limits: memory, batch sizes and floors; see :class:`Limits`.
         backend: of the experts: "auto", "torch" or "triton".
+        gate: where paused work stands still on a GPU, in its thread or in its stream; see
+            :class:`qllm_ops.PriorityFlag`.
         clock: monotonic time in seconds.
 
     Raises:
@@ -58,13 +60,14 @@ class Engine:
         policy: str | Policy = "tile",
         limits: Limits | None = None,
         backend: str = "auto",
+        gate: str = "host",
         clock: Callable[[], float] = time.monotonic,
     ):
         if model.training:
             raise ValueError("model is in training mode; call model.eval() first")
         self.model, self.clock, self.log = model, clock, Log(clock)
         device = next(model.parameters()).device
-        self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event)
+        self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event, gate=gate)
         self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock)
         self.report = install(model, backend=backend)
         try:

@@ -1,9 +1,12 @@
 """The priority flag: owners, deadlines, shares, the gate, and what many threads at once leave behind."""
 
 import contextlib
+import gc
 import random
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from qllm_ops import FULL, PriorityFlag
+from qllm_ops.flag import _CudaWords
 
 
 class Clock:
@@ -500,6 +504,124 @@ def test_a_word_is_never_seen_running_while_paused():
         stop.set()
         thread.join(10)
     assert word.item() > 0
+
+
+# -- the stream gate -------------------------------------------------------------------------------
+
+
+def test_only_a_flag_with_a_stream_gate_holds_a_stream():
+    with pytest.raises(RuntimeError, match='gate="stream"'):
+        PriorityFlag().hold(0)
+    with pytest.raises(ValueError, match="gate must be"):
+        PriorityFlag(gate="device")
+    flag = PriorityFlag(gate="stream")
+    flag.hold(0)  # which is not paused
+    with pytest.raises(ValueError, match="priority must be"):
+        flag.hold(2)
+
+
+def test_a_watchdog_ends_the_pauses_that_nobody_waits_for():
+    """A device stream that is held calls nobody: with a host gate this word would stay 0."""
+    flag, plain = PriorityFlag(gate="stream"), PriorityFlag()
+    for each in (flag, plain):
+        each.pause(0, "dead", timeout_s=0.05)
+    until = time.monotonic() + 5
+    while flag.words[0].item() == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert flag.words[0].item() == FULL
+    assert flag.expired == 1
+    assert plain.words[0].item() == 0
+
+
+def test_the_watchdog_obeys_a_deadline_that_was_moved():
+    flag = PriorityFlag(gate="stream")
+    flag.pause(0, "lane", timeout_s=0.1)
+    for _ in range(10):
+        time.sleep(0.04)
+        flag.pause(0, "lane", timeout_s=0.5)
+    assert flag.words[0].item() == 0
+    assert flag.expired == 0
+
+
+def test_the_watchdog_goes_with_its_flag(monkeypatch):
+    monkeypatch.setattr("qllm_ops.flag.WATCH_S", 0.02)
+    before = set(threading.enumerate())
+    flag = PriorityFlag(gate="stream")
+    (watchdog,) = set(threading.enumerate()) - before
+    del flag
+    gc.collect()
+    watchdog.join(5)
+    assert not watchdog.is_alive()
+
+
+class Driver:
+    """What `cuda.bindings.driver` does, as a list of calls."""
+
+    CUstream = staticmethod(lambda handle: f"stream {handle}")
+
+    def __init__(self, refuses=None):
+        self.calls, self.refuses = [], refuses
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append((name, *args))
+            status = 801 if name == self.refuses else 0
+            return (
+                (status, "context") if name in ("cuDevicePrimaryCtxRetain", "cuCtxPopCurrent") else (status,)
+            )
+
+        return call
+
+
+@pytest.fixture
+def words_on_a_gpu(monkeypatch):
+    """The words of a CUDA flag with a driver and streams that only take notes."""
+
+    def make(driver, writer=None, gate="host"):
+        monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=SimpleNamespace(driver=driver)))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+        words = SimpleNamespace(device=SimpleNamespace(index=3), data_ptr=lambda: 4096)
+        return _CudaWords(words, writer, gate)
+
+    stream = lambda number: SimpleNamespace(  # noqa: E731
+        cuda_stream=number, wait_stream=lambda other: None, synchronize=lambda: None
+    )
+    made = lambda device, priority: stream(-priority)  # noqa: E731
+    made.priority_range = lambda: (0, -5)
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream(77))
+    monkeypatch.setattr(_CudaWords, "_pinned", lambda self, value: None)
+    return make
+
+
+def test_words_are_written_on_the_flags_stream_and_streams_held_by_the_driver(words_on_a_gpu):
+    driver = Driver()
+    words = words_on_a_gpu(driver, gate="stream")
+    assert words.kind == "stream"
+    assert driver.calls[0] == ("cuDevicePrimaryCtxRetain", 3)
+    driver.calls.clear()
+    words(1, 0)
+    words.hold(1)
+    # Any thread may write, also one that has never used the device.
+    around = (("cuCtxPushCurrent", "context"), ("cuCtxPopCurrent",))
+    assert driver.calls == [
+        around[0], ("cuStreamWriteValue32", "stream 5", 4100, 0, 0), around[1],
+        around[0], ("cuStreamWaitValue32", "stream 77", 4100, 1, 0), around[1],
+    ]  # fmt: skip
+
+
+def test_a_driver_that_refuses_is_an_error_only_for_who_asked_for_it(words_on_a_gpu):
+    assert words_on_a_gpu(Driver("cuStreamWriteValue32")).kind == "copy"
+    assert words_on_a_gpu(Driver(), writer="copy").kind == "copy"
+    with pytest.raises(ValueError, match='writer="stream" does not work here'):
+        words_on_a_gpu(Driver("cuStreamWriteValue32"), writer="stream")
+    with pytest.raises(ValueError, match='gate="stream" does not work here'):
+        words_on_a_gpu(Driver("cuStreamWaitValue32"), gate="stream")
+    words = words_on_a_gpu(Driver())
+    words.driver.refuses = "cuStreamWriteValue32"
+    with pytest.raises(RuntimeError, match="refuses: 801"):
+        words(0, 0)
+    assert words.driver.calls[-1] == ("cuCtxPopCurrent",)
 
 
 @pytest.mark.gpu

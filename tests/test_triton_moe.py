@@ -28,7 +28,7 @@ from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.kernels import moe as kernels
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 from qllm_ops.tiles import INTERPRETER, TileConfig
-from qllm_ops.triton_moe import TritonMoe, tiles_for
+from qllm_ops.triton_moe import ROUNDS, TritonMoe, tiles_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -264,6 +264,71 @@ def test_launches_resume_without_the_host_knowing(inputs, gaps):
     assert torch.equal(run.output, expected)
 
 
+class StreamGate(PriorityFlag):
+    """A stream gate that opens as soon as something is held by it.
+
+    What really waits is a stream. Here launches run where they are enqueued, so nobody else would open it.
+    """
+
+    def __init__(self):
+        super().__init__(gate="stream")
+        self.held = 0
+
+    def hold(self, priority):
+        self.held += self.paused(priority)
+        self.resume(priority, "test")
+        super().hold(priority)
+
+
+@given(
+    layers(), st.sampled_from(TILES), st.lists(st.integers(0, 12), max_size=30), st.booleans(),
+    st.sampled_from((1, 2, 2**31 - 1)),
+)  # fmt: skip
+def test_a_gated_layer_is_whole_however_often_it_is_paused(inputs, tiles, gaps, in_chunks, share):
+    expected = uninterrupted(inputs, tiles)
+    flag = StreamGate()
+    flag.share(0, share)
+    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
+    with flipping(flag, gaps):
+        run.launch_all(gated=True)
+    assert torch.equal(run.output, expected)
+    assert run.tiles_done == run.tiles_total
+
+
+def test_the_last_launch_of_a_gated_phase_ignores_the_flag():
+    """Paused again and again: every launch that may be left is, and none after the last is waited for."""
+    inputs = layer(9, 29, 19, 3, 2)
+    flag = StreamGate()
+    run = TritonMoe(inputs, flag, 0, tiles=TILES[1])
+    launches, launch = [], run._launch
+
+    def paused_at_once(phase, poll=True):
+        launches.append((phase.kernel, poll))
+        flag.pause(0, "test")
+        launch(phase, poll=poll)
+
+    run._launch = paused_at_once
+    run.launch_all(gated=True)
+    assert torch.equal(run.output, uninterrupted(inputs, TILES[1]))
+    assert {kernel: launches.count((kernel, True)) for kernel in ROUNDS} == ROUNDS
+    assert [launches.count((kernel, False)) for kernel in ROUNDS] == [1, 1, 1]
+    assert flag.held == len(launches) - 1  # before each but the first it was paused
+
+
+def test_moe_stands_still_before_it_launches_anything():
+    flag = PriorityFlag(gate="stream")
+    flag.pause(0, "test")
+    threading.Timer(0.2, flag.resume, (0, "test")).start()
+    began = time.monotonic()
+    inputs = layer(5)
+    output = moe(
+        inputs.hidden_states, inputs.gate_up_proj, inputs.down_proj, inputs.top_k_index, inputs.top_k_weights,
+        flag=flag, backend="triton",
+    )  # fmt: skip
+    assert time.monotonic() - began > 0.15
+    assert torch.equal(output, uninterrupted(inputs))
+
+
 # -- cases -------------------------------------------------------------------------------------------
 
 
@@ -454,7 +519,8 @@ def test_a_phase_that_may_not_begin_gives_out_no_ticket():
     assert tickets[1:] == [0, 0]
 
 
-def test_launch_all_never_asks_the_device(monkeypatch):
+@pytest.mark.parametrize("gated", [False, True])
+def test_launch_all_never_asks_the_device(monkeypatch, gated):
     expected = uninterrupted(layer(7))
 
     def refuse(*_, **__):
@@ -465,8 +531,8 @@ def test_launch_all_never_asks_the_device(monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "cpu", "numpy", "nonzero", "bincount", "__bool__", "__int__"):
             patch.setattr(torch.Tensor, name, refuse)
-        run = TritonMoe(inputs, None, 0)
-        run.launch_all()
+        run = TritonMoe(inputs, PriorityFlag(gate="stream"), 0)
+        run.launch_all(gated)
     assert torch.equal(run.output, expected)
 
 
@@ -548,11 +614,12 @@ def test_warm_up_computes_nothing_and_leaves_the_flag_alone():
 # -- a second thread ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_thread_that_flips_the_flag_at_random_changes_no_bit(seed):
+@pytest.mark.parametrize("gate", ["host", "stream"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_thread_that_flips_the_flag_at_random_changes_no_bit(seed, gate):
     inputs = layer(9, 29, 19, 3, 2, dtype=torch.bfloat16, seed=seed)
     expected = uninterrupted(inputs)
-    flag = PriorityFlag()
+    flag = PriorityFlag(gate=gate)
     flag.pause(0, "thread")
     rng, finished = random.Random(seed), threading.Event()
 
