@@ -17,13 +17,15 @@ is printed at the end. The device's settings are left as they are.
     latency       from the host's write of the flag until the launch is over: p50 to p99, for each way of
                   writing it, with what an idle device takes beside it
     polling       what the poll costs a kernel that nobody pauses
+    lanes         what a gate costs that nobody closes, both gates under random pauses, and a share of the
+                  programs beside urgent work against taking turns
     speed         time per layer against transformers' grouped_mm and batched_mm, and against the floor
     replay        LS and BE requests on one model under the four policies, and LS alone
 
 Each section has a share of the time and says what it left out. Sections run in a process of their own
 that is watched: one that raises, hangs or takes the process down is noted, and the others still run.
 
-Exit code: 0; 1 if correctness or bitwise failed or did not come to an end; 2 without a CUDA device.
+Exit code: 0; 1 if correctness, bitwise or lanes failed or did not come to an end; 2 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -57,12 +59,13 @@ SHARES = {
     "bitwise": 60,
     "latency": 75,
     "polling": 40,
+    "lanes": 45,
     "speed": 85,
     "replay": 65,
 }
 """The sections in order, and how they share the time. What one leaves goes to those behind it."""
 
-DECISIVE = ("correctness", "bitwise")
+DECISIVE = ("correctness", "bitwise", "lanes")
 
 BUDGET_S, QUICK_BUDGET_S = 460.0, 180.0
 GRACE_S = 25.0
@@ -280,6 +283,7 @@ def section(name: str) -> Any:
         "bitwise": ("check_correct", "bitwise"),
         "latency": ("check_latency", "latency"),
         "polling": ("check_speed", "polling"),
+        "lanes": ("check_lanes", "lanes"),
         "speed": ("check_speed", "speed"),
         "replay": ("check_replay", "replay"),
     }[name]

@@ -27,6 +27,7 @@ def summary(document: dict[str, Any]) -> Iterable[str]:
         ("", _sections),
         ("leaving, us from the order to pause (p50 / p99 / max): host's view, then device's", _latency),
         ("polling: overhead of the flag (noise), us without", _polling),
+        ("lanes: us per layer as called, by gate; decode beside a share of prefill, against turns", _lanes),
         ("speed: us per layer as a graph, part of the floor, times faster than, us as called", _speed),
         ("replay", _replay),
     ):
@@ -37,7 +38,7 @@ def summary(document: dict[str, Any]) -> Iterable[str]:
     if "passed" in document:
         left_out = sum(len(sections.get(name, {}).get("left_out", ())) for name in ("correctness", "bitwise"))
         but = f", with {left_out} cases left out for lack of time or memory" if left_out else ""
-        yield f"PASSED{but}" if document["passed"] else "NOT PASSED: see correctness and bitwise"
+        yield f"PASSED{but}" if document["passed"] else "NOT PASSED: see correctness, bitwise and lanes"
 
 
 def _aligned(rows: list[Row]) -> Iterable[str]:
@@ -101,6 +102,27 @@ def _polling(sections: dict[str, Any]) -> Iterable[Row]:
             f"({case['noise'] * 100:+.2f} %)",
             f"{case['without_us']['p50']:.1f}",
         ]
+
+
+def _lanes(sections: dict[str, Any]) -> Iterable[Row]:
+    found = _result(sections, "lanes")
+    for case in found.get("gates", []):
+        name = f"{case['shape']} T={case['tokens']}"
+        if "error" in case:
+            yield [name, case["error"]]
+            continue
+        yield [name, *(f"{way} {us['p50']:.0f}" for way, us in case["called_us"].items()), case["graph"]]
+    for case in found.get("shares", []):
+        name = f"{case['shape']} T={case['tokens']}"
+        if "error" in case:
+            yield [name, case["error"]]
+        for part in case.get("parts", []):
+            yield [
+                name,
+                f"{part['part']:.0%} of the programs",
+                f"decode {part['decode_us'] / case['decode_alone_us']:.2f}x as long",
+                f"{part['of_turns']:.2f}x of turns",
+            ]
 
 
 def _speed(sections: dict[str, Any]) -> Iterable[Row]:

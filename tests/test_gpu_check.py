@@ -74,6 +74,11 @@ def test_a_rehearsal_measures_every_section(rehearsal):
     (latency,) = results["latency"]["cases"]
     assert latency["writers"]["step"]["left_early"] > 0
     assert 0 < latency["writers"]["step"]["host_us"]["p50"] <= latency["writers"]["step"]["host_us"]["p99"]
+    (gates,) = results["lanes"]["gates"]
+    assert gates["called_us"].keys() == {"no flag", "host", "stream"}
+    for gate in ("host", "stream"):
+        assert gates["paused"][gate]["pauses"] > 0
+        assert gates["paused"][gate]["wrong"] == 0 < gates["paused"][gate]["passes"]
     (polling,) = results["polling"]["cases"]
     assert {"overhead", "noise"} <= polling.keys()
     for case in results["speed"]["cases"]:

@@ -1,5 +1,6 @@
 """The Triton backend on a GPU: right numbers, the same bits however it is preempted, and no waiting."""
 
+import contextlib
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from qllm_ops import PriorityFlag, moe
 from qllm_ops.activation import ACTIVATIONS
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
+from qllm_ops.tiles import TileConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +26,12 @@ def triton_moe(*args, **kwargs):
     from qllm_ops.triton_moe import TritonMoe  # not under the interpreter
 
     return TritonMoe(*args, **kwargs)
+
+
+def load_kernels(*args):
+    from qllm_ops.triton_moe import TritonMoe
+
+    TritonMoe.warm_up(*args)
 
 
 def layer(
@@ -71,6 +79,35 @@ def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
     else:
         assert rms <= 4e-3
         assert peak <= 2e-2
+
+
+EXITS = {
+    "gate_up": TileConfig(64, 32, 64, 4, 4, 2, exit_k=128),
+    "down": TileConfig(64, 64, 64, 4, 4, 2, split_k=2, exit_k=128),
+    "combine": TileConfig(1, 1024, 1, 4, 1, 8),
+}
+"""Tiles of which every program leaves several times halfway."""
+
+
+@contextlib.contextmanager
+def flipped(flag, seed, longest_s=3e-4):
+    """Another thread pauses, resumes and shares at random."""
+    rng, finished = random.Random(seed), threading.Event()
+
+    def flip():
+        while not finished.is_set():
+            rng.choice((flag.pause, flag.resume))(0, "thread")
+            flag.share(0, rng.choice((1, 20, 2**31 - 1)))
+            time.sleep(rng.random() * longest_s)
+        flag.resume(0, "thread")
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,20 +199,8 @@ def test_quanta_change_no_bit(tokens, quantum):
 def test_flips_at_random_change_no_bit(seed):
     inputs = layer(2000, 1024, 1024, 16, 2, seed=seed)
     expected = uninterrupted(inputs)
-    flag = PriorityFlag("cuda")
-    rng, finished = random.Random(seed), threading.Event()
-
-    def flip():
-        while not finished.is_set():
-            rng.choice((flag.pause, flag.resume))(0, "thread")
-            flag.share(0, rng.choice((1, 20, 2**31 - 1)))
-            time.sleep(rng.random() * 3e-4)
-        flag.resume(0, "thread")
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    left_early = 0
-    try:
+    flag, left_early = PriorityFlag("cuda"), 0
+    with flipped(flag, seed):
         for _ in range(100):
             run, done = triton_moe(inputs, flag, 0), 0
             while not run.step(None):
@@ -184,10 +209,137 @@ def test_flips_at_random_change_no_bit(seed):
                 done = run.tiles_done
                 flag.wait(0)
             assert torch.equal(run.output, expected)
-    finally:
-        finished.set()
-        thread.join()
     assert left_early > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tiles_that_are_given_back_are_computed_once(seed):
+    """Tickets pass through slots while programs come, leave and take: none is lost, none is done twice."""
+    inputs = layer(2000, 2048, 2048, 16, 2, seed=seed)
+    plain = triton_moe(inputs, None, 0, tiles=EXITS)
+    plain.launch_all()
+    flag, given_back = PriorityFlag("cuda"), 0
+    with flipped(flag, seed):
+        for _ in range(60):
+            run = triton_moe(inputs, flag, 0, tiles=EXITS)
+            torch.use_deterministic_algorithms(True)
+            run._output.fill_(float("nan"))
+            torch.use_deterministic_algorithms(False)
+            while not run.step(random.choice((None, 500))):
+                flag.wait(0)
+            assert torch.equal(run.output, plain.output)
+            assert not (run._state[-run._slots :] >= 0).any()
+            given_back += run.tiles_taken - run.tiles_total
+    assert given_back > 0
+
+
+def test_the_output_in_chunks_of_columns_has_the_same_bits():
+    inputs = layer(900, 2048, 512, 8, 2)
+    whole, chunks = (triton_moe(inputs, None, 0, width=width) for width in (2048, 512))
+    for run in (whole, chunks):
+        run.launch_all()
+    assert torch.equal(whole.output, chunks.output)
+
+
+def test_a_confined_class_is_slower_and_grows_back():
+    inputs = layer(8192, 2048, 2048, 8, 2)
+    flag = PriorityFlag("cuda")
+    triton_moe(inputs, flag, 0).step(None)
+
+    def seconds():
+        run = triton_moe(inputs, flag, 0)
+        run.tiles_total  # noqa: B018  (waits for the routing)
+        start = time.perf_counter()
+        while not run.step(None):
+            pass
+        return time.perf_counter() - start
+
+    full = min(seconds() for _ in range(3))
+    flag.share(0, 8)
+    confined = seconds()
+    assert confined > 4 * full  # 8 of over 100 programs
+    timer = threading.Timer(confined / 10, flag.share, (0, 2**31 - 1))
+    timer.start()
+    assert seconds() < confined / 2
+    timer.join()
+
+
+# -- the stream gate -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated():
+    pytest.importorskip("cuda.bindings")
+    return PriorityFlag("cuda", gate="stream")
+
+
+@pytest.mark.parametrize("tiles", [None, EXITS], ids=["default", "exits"])
+def test_a_gated_layer_waits_on_the_device_and_not_on_the_host(gated, tiles):
+    inputs = layer(3000, 1024, 1024, 8, 2)
+    plain = triton_moe(inputs, None, 0, tiles=tiles)
+    plain.launch_all()
+    triton_moe(inputs, gated, 0, tiles=tiles).step(None)  # loaded, as nothing can be while a stream is held
+    gated.pause(0, "test")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [triton_moe(inputs, gated, 0, tiles=tiles) for _ in range(4)]
+        for run in runs:
+            run.launch_all(gated=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    behind = torch.cuda.current_stream().record_event()
+    time.sleep(0.05)
+    assert not behind.query()
+    gated.resume(0, "test")
+    behind.synchronize()
+    for run in runs:
+        assert torch.equal(run.output, plain.output)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gated_layers_under_random_flips_keep_their_bits(gated, seed):
+    inputs = layer(2000, 1024, 1024, 16, 2, seed=seed)
+    expected = uninterrupted(inputs)
+    load_kernels(inputs, gated)
+    with flipped(gated, seed):
+        for _ in range(50):
+            outputs = [moe(*arguments(inputs), flag=gated, backend="triton") for _ in range(4)]
+            assert all(torch.equal(output, expected) for output in outputs)
+
+
+def test_a_device_wide_wait_behind_a_dead_owner_ends_with_its_deadline(gated):
+    """The watchdog opens the gate while this thread is inside of a synchronisation."""
+    inputs = layer(300, 512, 512, 8, 2)
+    load_kernels(inputs, gated)
+    run = triton_moe(inputs, gated, 0)
+    gated.pause(0, "dead", timeout_s=0.3)
+    run.launch_all(gated=True)
+    start = time.perf_counter()
+    torch.cuda.synchronize()
+    assert 0.2 < time.perf_counter() - start < 3
+    assert gated.expired == 1
+    assert torch.equal(run.output, uninterrupted(inputs))
+
+
+def test_the_gate_in_a_cuda_graph(gated):
+    inputs = layer(300, 512, 512, 8, 2)
+    expected = uninterrupted(inputs)
+    load_kernels(inputs, gated)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            output = moe(*arguments(inputs), flag=gated, backend="triton")
+    except RuntimeError as error:
+        pytest.skip(f"this driver does not capture it: {error}")
+    for _ in range(3):
+        output.fill_(float("nan"))
+        gated.pause(0, "test")
+        graph.replay()
+        time.sleep(0.02)
+        assert not torch.cuda.current_stream().query()
+        gated.resume(0, "test")
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)
 
 
 def test_a_pause_is_obeyed_in_the_middle_of_a_launch():
@@ -262,7 +414,7 @@ def test_warm_up_leaves_nothing_to_compile():
     from qllm_ops.kernels import moe as kernels
 
     flag = PriorityFlag("cuda")
-    triton_moe.warm_up(layer(1, 640, 320, 8, 2), flag)
+    load_kernels(layer(1, 640, 320, 8, 2), flag)
     names = ("route", "gate_up", "down", "combine")
 
     def compiled():
