@@ -176,6 +176,14 @@ def _choices() -> Iterator[Check]:
         "copy": "copies from pinned memory on a stream of its own (cuda-bindings does not work here)",
     }
     yield Check("flag", None, f"written by {writer[PriorityFlag(device)._write_word.kind]}")
+    try:
+        PriorityFlag(device, gate="stream")
+        gate = 'works; PriorityFlag(gate="stream") and Engine(gate="stream") use it'
+        if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8")) < 32:
+            gate += ". Set CUDA_DEVICE_MAX_CONNECTIONS=32: streams that share a queue are held together"
+    except ValueError as error:
+        gate = str(error)
+    yield Check("stream gate", None, gate)
 
 
 # -- the self-test -----------------------------------------------------------------------------------------
