@@ -23,6 +23,7 @@ from .experts import (
     preemptible,
     recorded_calls,
 )
+from .rotary import isolate, restore
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def install(
     Runs one forward pass over two tokens, to see that every module is really reached: transformers
     accepts an experts implementation for some architectures and then never calls it. Installing
     again changes the flag, priority and backend. A copy of the model keeps the experts, not the flag.
+    So that several threads can run the model, rotary embeddings that would change themselves while they
+    run ("dynamic" and "longrope" scaling) keep no state between calls from then on.
 
     Args:
         model: a Hugging Face model with its weights in memory, on one device.
@@ -109,6 +112,7 @@ def install(
         raise
     if model not in _previous:
         _previous[model] = [(config, _before_any_install(config, name)) for config, name in configs]
+    isolate(model)
     return InstallReport(type(model).__name__, modules)
 
 
@@ -122,6 +126,7 @@ def uninstall(model: PreTrainedModel) -> bool:
         return False
     for module in model.modules():
         SETTINGS.pop(module, None)
+    restore(model)
     in_use = {id(config) for others in _previous.values() for config, _ in others}
     _restore([(config, name) for config, name in configs if id(config) not in in_use])
     return True

@@ -30,6 +30,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qllm_ops.models.rotary import Row, positions_of
+
 NAME = "qllm"
 
 BLOCK_SCORES = 640 * 1024
@@ -43,12 +45,14 @@ PADDED_BYTES = 256 * 1024
 @dataclass
 class Segment:
     """One row: its new tokens are ``[query, query + length)`` of the iteration's T tokens and follow
-    ``past`` tokens whose keys and values lie in the pool from slot ``slot`` on."""
+    ``past`` tokens whose keys and values lie in the pool from slot ``slot`` on. It will have ``reach``
+    tokens at most, 0 for no more than it has now; rotary embeddings may depend on that."""
 
     query: int
     length: int
     past: int
     slot: int
+    reach: int = 0
 
     @property
     def total(self) -> int:
@@ -121,10 +125,11 @@ _current: ContextVar[Ragged | None] = ContextVar("qllm_ragged", default=None)
 
 @contextlib.contextmanager
 def ragged(rows: Ragged) -> Iterator[None]:
-    """Attend by rows inside the body, in this thread."""
+    """Attend, and take positions, by rows inside the body, in this thread."""
     token = _current.set(rows)
     try:
-        yield
+        with positions_of([Row(s.query, s.length, max(s.total, s.reach)) for s in rows.segments]):
+            yield
     finally:
         _current.reset(token)
 

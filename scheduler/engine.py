@@ -49,8 +49,9 @@ class Engine:
         clock: monotonic time in seconds.
 
     Raises:
-        ValueError: the model has no MoE layers, a layout that is not supported, or attention that the
-            engine's does not reproduce (checked on a few tokens).
+        ValueError: the model has no MoE layers, a layout that is not supported, attention that the
+            engine's does not reproduce, or modules that change themselves in a forward pass, so that
+            two lanes would corrupt each other's (both checked on a few tokens).
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import FOREGROUND
 from qllm_ops.scheduler.request import BE
 from qllm_ops.scheduler.sampling import sample
+from qllm_ops.scheduler.shared import changed_by
 
 PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference between the engine's logits and the model's own, relative to the largest logit.
@@ -39,6 +40,7 @@ class Runner:
             self._limits = (2**62, 64 * attention.PADDED_BYTES)
         with warming_up(flag, BE):
             expected = self._probe_plain()
+        self._check_unchanged()
         self._attention = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
         try:
@@ -81,7 +83,10 @@ class Runner:
         paused: None (nowhere), "layer" or "tile"."""
         segments, start = [], 0
         for row in batch.rows:
-            segments.append(Segment(start, len(row.tokens), row.start, row.request.region))
+            request = row.request
+            segments.append(
+                Segment(start, len(row.tokens), row.start, request.region, reach=request.kv_tokens - 1)
+            )
             start += len(row.tokens)
         rows = Ragged(segments, self._attention_gate if granularity == "tile" else None, *self._limits)
         with preemptible(self.flag if granularity else None, BE, granularity) as preemption:
@@ -111,7 +116,7 @@ class Runner:
         self.flag.wait(BE)
         self.log.where = "tile"
 
-    # -- proof that the model's attention is ours to replace -----------------------------------------
+    # -- proof that two lanes can share the model, and that its attention is ours to replace -----------
 
     PROBE = 7  # tokens, computed in three chunks with another row beside the second and the third
 
@@ -125,6 +130,25 @@ class Runner:
             input_ids=ids, past_key_values=DynamicCache(config=self.model.config), use_cache=True
         )
         return out.logits[0].float().cpu()
+
+    @torch.inference_mode()
+    def _probe_both_ends(self) -> None:
+        for first in (0, max((self.max_positions or 0) - 2, 0)):
+            self.model(
+                input_ids=torch.tensor([[0, 1]], device=self.device),
+                position_ids=torch.tensor([[first, first + 1]], device=self.device),
+                past_key_values=DynamicCache(config=self.model.config),
+                use_cache=True,
+            )
+
+    def _check_unchanged(self) -> None:
+        changed = changed_by(self.model, self._probe_both_ends)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise ValueError(
+                f"{type(self.model).__name__}: a forward pass changes {', '.join(changed[:3])}{more}; lanes "
+                "that run it at once would overwrite each other's, so the engine cannot serve this model"
+            )
 
     @torch.inference_mode()
     def _check(self, expected: torch.Tensor) -> None:

@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import STRETCHED, stretched_model, tiny_model
+from transformers.modeling_rope_utils import dynamic_rope_update
 
 from qllm_ops.models.presets import make_preset
 from qllm_ops.scheduler import attention
@@ -126,6 +127,68 @@ def test_a_sliding_window():
     with Engine(model, limits=Limits(kv_tokens=1024, kv_reserve=0, prefill_tokens=32)) as engine:
         handles = [engine.submit(ids, max_new_tokens=5) for ids in requests]
         assert [handle.result(WAIT_S) for handle in handles] == expected
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_positions_that_depend_on_the_longest_in_a_call(kind):
+    """A row beside longer ones, and a prompt in chunks, get what they would get alone and at once."""
+    requests = [prompt(n) for n in (90, 10, 60, 5)]
+    new = (
+        1 if kind == "dynamic" else 8
+    )  # there, generate rotates later keys by other frequencies than the first
+    with Engine(
+        stretched_model(kind), limits=Limits(kv_tokens=1024, kv_reserve=0, prefill_tokens=64)
+    ) as engine:
+        engine.runner.max_positions = None  # "dynamic" models are made for more than their config says
+        logits = record_logits(engine)
+        engine.flag.pause(BE, "test")  # so that all of them are in one batch
+        handles = [engine.submit(ids, max_new_tokens=new, id=str(len(ids))) for ids in requests]
+        engine.flag.resume(BE, "test")
+        tokens = [handle.result(WAIT_S) for handle in handles]
+        assert max(span.be_rows for span in engine.log.spans) >= 3
+    for ids, got in zip(requests, tokens, strict=True):
+        model = stretched_model(kind)
+        assert got == generated(model, ids, new)
+        with torch.inference_mode():
+            wanted = stretched_model(kind)(torch.tensor([ids])).logits[0, -1]
+        assert (logits[str(len(ids)), len(ids)] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_lane_does_not_see_the_other_ones_positions(kind, monkeypatch):
+    """Urgent work overtakes while the other lane stands between the choice of its frequencies and their
+    use; bits are those of either lane alone."""
+    model = stretched_model(kind)
+    chosen, overtaken = threading.Event(), threading.Event()
+    rotary = type(model.model.rotary_emb)
+    use = rotary.forward
+    while hasattr(use, "__wrapped__"):
+        use = use.__wrapped__
+
+    @dynamic_rope_update
+    def forward(self, x, position_ids):
+        if threading.current_thread().name == f"qllm-{BACKGROUND}" and not overtaken.is_set():
+            chosen.set()
+            assert overtaken.wait(WAIT_S)
+        return use(self, x, position_ids)
+
+    monkeypatch.setattr(rotary, "forward", forward)
+
+    def run(*requests):
+        with Engine(model, limits=Limits(kv_tokens=1024, kv_reserve=512)) as engine:
+            engine.runner.max_positions = None
+            logits = record_logits(engine)
+            for ids, priority in requests:
+                handle = engine.submit(ids, priority=priority, max_new_tokens=3, id=f"{priority}")
+                if priority == BE and len(requests) > 1:
+                    assert chosen.wait(WAIT_S)
+            handle.result(WAIT_S)
+            overtaken.set()
+            assert engine.drain(WAIT_S)
+            return logits
+
+    together = run((prompt(90), BE), (prompt(6), LS))
+    assert_same_logits(together, run((prompt(90), BE)) | run((prompt(6), LS)))
 
 
 def test_the_model_can_be_used_beside_the_engine_and_is_given_back(model):

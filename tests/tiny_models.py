@@ -80,3 +80,43 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return auto.from_config(config).eval()
+
+
+STRETCHED = {
+    "longrope": {
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + i for i in range(8)],
+        "factor": 8.0,
+    },
+    "dynamic": {"factor": 8.0},
+    "phimoe": {
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + i for i in range(8)],
+        "short_mscale": 1.1,
+        "long_mscale": 1.3,
+    },
+}
+"""Rotary scalings that depend on the longest position of a call: from position 32 on."""
+
+
+def stretched_model(kind: str) -> PreTrainedModel:
+    """A tiny model with rotary scaling of this kind, seeded: Mixtral, or Phi-MoE, whose own is longrope."""
+    rope = {"rope_theta": 100.0, "rope_type": "longrope" if kind == "phimoe" else kind, **STRETCHED[kind]}
+    config = AutoConfig.for_model(
+        "phimoe" if kind == "phimoe" else "mixtral",
+        **_SIZES,
+        intermediate_size=48,
+        num_local_experts=8,
+        max_position_embeddings=32 if kind == "dynamic" else 256,
+        rope_parameters=rope,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for module in model.modules():  # so that attention, and with it the positions, count
+            if type(module).__name__.endswith("Attention"):
+                module.q_proj.weight.data *= 20
+    return model.eval()
