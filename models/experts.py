@@ -215,7 +215,11 @@ class Handle:
         NUMBERED[self.number] = module
 
     def __reduce__(self) -> tuple:  # for copy and pickle alike
-        return type(None), ()
+        return _no_handle, ()
+
+
+def _no_handle() -> None:
+    """What a copy gets. A pickle names this function, so that whoever reads it registers "qllm", too."""
 
 
 NUMBERED: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qllm_ops import MoeRun, PriorityFlag
 
+from .choices import Choice
 from .experts import (
     NAME,
     SETTINGS,
@@ -61,9 +63,8 @@ class InstallReport:
         return "\n".join(lines)
 
 
-_Configs = list[tuple[object, str | None]]
-_previous: weakref.WeakKeyDictionary[PreTrainedModel, _Configs] = weakref.WeakKeyDictionary()
-"""Per installed model, its configs and the experts implementation that each one named before."""
+EXPERTS = Choice("_experts_implementation")
+"""Which installed model's configs named which experts implementation before."""
 
 
 def install(
@@ -98,20 +99,18 @@ def install(
     settings = ExpertsSettings(Preemption(flag, priority), backend)
 
     before = {module: SETTINGS.get(module) for _, module, _ in experts}
-    configs = _experts_implementations(model)
+    named, new = EXPERTS.read(model), EXPERTS.remember(model)
     try:
         model.set_experts_implementation(NAME)
         SETTINGS.update({module: settings for _, module, _ in experts})
         _prove_reached(model, experts)
     except BaseException:
-        _restore(configs)
+        EXPERTS.put_back(model) if new else EXPERTS.write(named)
         for module, old in before.items():
             SETTINGS.pop(module, None)
             if old is not None:
                 SETTINGS[module] = old
         raise
-    if model not in _previous:
-        _previous[model] = [(config, _before_any_install(config, name)) for config, name in configs]
     isolate(model)
     return InstallReport(type(model).__name__, modules)
 
@@ -121,15 +120,28 @@ def uninstall(model: PreTrainedModel) -> bool:
 
     A config that another installed model shares is left as it is until that one is uninstalled too.
     """
-    configs = _previous.pop(model, None)
-    if configs is None:
+    if model not in EXPERTS:
         return False
     for module in model.modules():
         SETTINGS.pop(module, None)
     restore(model)
-    in_use = {id(config) for others in _previous.values() for config, _ in others}
-    _restore([(config, name) for config, name in configs if id(config) not in in_use])
+    EXPERTS.put_back(model)
     return True
+
+
+@contextlib.contextmanager
+def installed(model: PreTrainedModel, *, backend: str = "auto") -> Iterator[InstallReport]:
+    """`install` for the body alone, without a flag; an install from before it is there again after it."""
+    earlier = {module: SETTINGS[module] for module in model.modules() if module in SETTINGS}
+    again = model in EXPERTS
+    report = install(model, backend=backend)
+    try:
+        yield report
+    finally:
+        if again:
+            SETTINGS.update(earlier)
+        else:
+            uninstall(model)
 
 
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module, ExpertsLayout]]:
@@ -236,30 +248,3 @@ def _prove_reached(model: PreTrainedModel, experts: list[tuple[str, nn.Module, E
             f"a forward pass of {type(model).__name__} never reaches {len(missed)} of its {len(experts)} "
             f"experts modules through transformers' experts interface: {_some(missed)}"
         )
-
-
-# -- the configs, where transformers keeps the choice ------------------------------------------------
-
-
-def _experts_implementations(model: nn.Module) -> _Configs:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    return [
-        (config, config._experts_implementation)
-        for config in configs.values()
-        if hasattr(config, "_experts_implementation")
-    ]
-
-
-def _before_any_install(config: object, name: str | None) -> str | None:
-    """The implementation named before the first install, where models share a config."""
-    for others in _previous.values():
-        for other, before in others:
-            if other is config:
-                return before
-    return name
-
-
-def _restore(configs: _Configs) -> None:
-    for config, name in configs:
-        # The public setter would also overwrite the sub-configs, which have an entry of their own.
-        config._experts_implementation_internal = name

@@ -30,9 +30,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qllm_ops.models.choices import Choice
 from qllm_ops.models.rotary import Row, positions_of
 
 NAME = "qllm"
+
+ATTENTION = Choice("_attn_implementation")
+"""What the configs of the models named that run with the attention of this file now."""
 
 BLOCK_SCORES = 640 * 1024
 """Scores (queries x keys) of one head in one block: about 8 ms of a two-core CPU's time at 8 heads

@@ -10,16 +10,17 @@ lane computes, the only word that the lanes share is the priority flag.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import torch
 
 from qllm_ops import PriorityFlag
-from qllm_ops.models import install, uninstall
+from qllm_ops.models.install import installed
 from qllm_ops.openmp import release_workers
 from qllm_ops.scheduler.core import Batch, Limits, Scheduler
 from qllm_ops.scheduler.log import Log
@@ -32,6 +33,30 @@ SWITCH_INTERVAL_S = 0.0005
 5 ms is as long as a tile."""
 
 FLAG_WAIT_S = 0.2
+
+_served: list[torch.nn.Module] = []
+_served_lock = threading.Lock()
+_switch_interval_s = 0.0  # Python's own, while there is an engine
+
+
+@contextlib.contextmanager
+def _only_engine(model: torch.nn.Module) -> Iterator[None]:
+    """What engines of one process must agree on: one at a time per model, and the switch interval."""
+    global _switch_interval_s
+    with _served_lock:
+        if any(model is other for other in _served):
+            raise ValueError(f"another engine serves this {type(model).__name__}; close that one first")
+        if not _served:
+            _switch_interval_s = sys.getswitchinterval()
+            sys.setswitchinterval(min(_switch_interval_s, SWITCH_INTERVAL_S))
+        _served.append(model)
+    try:
+        yield
+    finally:
+        with _served_lock:
+            _served[:] = [other for other in _served if other is not model]
+            if not _served:
+                sys.setswitchinterval(_switch_interval_s)
 
 
 class Engine:
@@ -49,9 +74,9 @@ class Engine:
         clock: monotonic time in seconds.
 
     Raises:
-        ValueError: the model has no MoE layers, a layout that is not supported, attention that the
-            engine's does not reproduce, or modules that change themselves in a forward pass, so that
-            two lanes would corrupt each other's (both checked on a few tokens).
+        ValueError: another engine serves the model; or it has no MoE layers, a layout that is not
+            supported, attention that the engine's does not reproduce, or modules that change themselves
+            in a forward pass, so that two lanes would corrupt each other's (both checked on a few tokens).
     """
 
     def __init__(
@@ -70,17 +95,16 @@ class Engine:
         device = next(model.parameters()).device
         self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event, gate=gate)
         self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock)
-        self.report = install(model, backend=backend)
-        try:
-            self.runner = Runner(model, self.scheduler.limits.kv_tokens, self.flag, self.log)
-        except BaseException:
-            uninstall(model)
-            raise
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_only_engine(model))
+            self.report = stack.enter_context(installed(model, backend=backend))
+            self.runner = stack.enter_context(
+                contextlib.closing(Runner(model, self.scheduler.limits.kv_tokens, self.flag, self.log))
+            )
+            self._give_back = stack.pop_all().close
         self._changed = threading.Condition()
         self._closing = self._closed = False
         self._names = count()
-        self._switch_interval = sys.getswitchinterval()
-        sys.setswitchinterval(min(self._switch_interval, SWITCH_INTERVAL_S))
         release_workers()  # this thread waits from now on; its workers would slow the lanes
         lanes = self.scheduler.policy.lanes
         self._threads = [
@@ -147,9 +171,7 @@ class Engine:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        self.runner.close()
-        uninstall(self.model)
-        sys.setswitchinterval(self._switch_interval)
+        self._give_back()
 
     def __enter__(self) -> Engine:
         return self

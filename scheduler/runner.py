@@ -41,9 +41,9 @@ class Runner:
         with warming_up(flag, BE):
             expected = self._probe_plain()
         self._check_unchanged()
-        self._attention = model.config._attn_implementation
-        model.set_attn_implementation(attention.NAME)
+        attention.ATTENTION.remember(model)
         try:
+            model.set_attn_implementation(attention.NAME)
             self._check(expected)
         except BaseException:
             self.close()
@@ -52,7 +52,7 @@ class Runner:
             torch.cuda.synchronize(self.device)  # the lanes' streams do not wait for this one
 
     def close(self) -> None:
-        self.model.set_attn_implementation(self._attention)
+        attention.ATTENTION.put_back(self.model)
 
     def check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The prompt as a list, if the model can take it. Raises ValueError."""

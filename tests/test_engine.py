@@ -1,6 +1,7 @@
 """The engine on tiny models: the same tokens as transformers, whatever is paused, cancelled or broken."""
 
 import random
+import sys
 import threading
 import time
 
@@ -9,6 +10,8 @@ import torch
 from tiny_models import STRETCHED, stretched_model, tiny_model
 from transformers.modeling_rope_utils import dynamic_rope_update
 
+from qllm_ops import PriorityFlag
+from qllm_ops.models import install, uninstall
 from qllm_ops.models.presets import make_preset
 from qllm_ops.scheduler import attention
 from qllm_ops.scheduler.core import Limits
@@ -200,6 +203,83 @@ def test_the_model_can_be_used_beside_the_engine_and_is_given_back(model):
         assert generated(model, ids, 5) == expected
         handle.result(WAIT_S)
     assert (model.config._attn_implementation, model.config._experts_implementation) == before
+
+
+# -- several engines, and an install of one's own -----------------------------------------------------
+
+
+def choices(model):
+    return model.config._attn_implementation, model.config._experts_implementation
+
+
+@pytest.mark.parametrize("share_config", [False, True])
+def test_two_engines_on_two_models(share_config):
+    """Each has its own flag and memory; and the first to close takes nothing from the other."""
+    first = make_preset("tiny")
+    second = type(first)(first.config).eval() if share_config else make_preset("tiny-olmoe")
+    both, before = (first, second), [choices(first), choices(second)]
+    expected = [generated(model, prompt(300), 12) for model in both]
+    interval = sys.getswitchinterval()
+    engines = [Engine(model, limits=LIMITS) for model in both]
+    engines[0].flag.pause(BE, "test")
+    waiting = engines[0].submit(prompt(300), max_new_tokens=12)
+    assert engines[1].submit(prompt(300), max_new_tokens=12).result(WAIT_S) == expected[1]
+    assert not waiting.done
+    engines[0].flag.resume(BE, "test")
+    handles = [engine.submit(prompt(300), max_new_tokens=12) for engine in engines]
+    assert [handle.result(WAIT_S) for handle in handles] == expected
+    assert waiting.result(WAIT_S) == expected[0]
+    engines[0].close()
+    assert choices(second) == ("qllm", "qllm")
+    assert sys.getswitchinterval() < interval
+    assert preempted_inside_a_layer(engines[1])
+    assert engines[1].submit(prompt(300), max_new_tokens=12).result(WAIT_S) == expected[1]
+    engines[1].close()
+    assert [choices(first), choices(second)] == before
+    assert sys.getswitchinterval() == interval
+
+
+def preempted_inside_a_layer(engine: Engine) -> bool:
+    """Whether a best-effort pass of this engine stands still while its class is paused."""
+    handle = engine.submit(prompt(1500), max_new_tokens=1)
+    while BACKGROUND not in engine.scheduler.running:
+        time.sleep(0.0005)
+    with engine.flag.urgent(LS):
+        time.sleep(0.3)
+        stood = BACKGROUND in engine.scheduler.running
+    handle.result(WAIT_S)
+    return stood and any(pause.parked_s is not None for pause in engine.log.pauses)
+
+
+def test_one_engine_at_a_time_on_one_model(model):
+    before, expected = choices(model), generated(model, prompt(40), 5)
+    for _ in range(2):
+        with Engine(model, limits=LIMITS) as engine:
+            handle = engine.submit(prompt(40), max_new_tokens=5)
+            with pytest.raises(ValueError, match="another engine serves this MixtralForCausalLM; close that"):
+                Engine(model, limits=LIMITS)
+            assert handle.result(WAIT_S) == expected
+        assert choices(model) == before
+
+
+def test_an_install_from_before_the_engine_is_there_again_after_it():
+    model = make_preset("tiny")
+    parked = threading.Event()
+    flag = PriorityFlag(on_event=lambda kind, *_: kind == "park" and parked.set())
+    install(model, flag)
+    before = choices(model)
+    flag.pause(BE)
+    with Engine(model, limits=LIMITS) as engine:  # which has a flag of its own
+        engine.submit(prompt(40), max_new_tokens=5).result(WAIT_S)
+    assert not parked.is_set()
+    assert choices(model) == before
+    thread = threading.Thread(target=generated, args=(model, prompt(4), 1), daemon=True)
+    thread.start()
+    assert parked.wait(WAIT_S)
+    flag.resume(BE)
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert uninstall(model)
 
 
 # -- preemption changes nothing -----------------------------------------------------------------------

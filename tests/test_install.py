@@ -1,7 +1,10 @@
 """The swap: the same model as before, preemptible; what cannot be swapped is refused, never wrong."""
 
 import copy
+import pickle
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -257,6 +260,45 @@ def test_a_copy_keeps_the_experts_and_not_the_flag():
     assert in_thread(logits, twin)().shape == (2, 24, 128)
 
 
+def test_a_copy_is_a_model_of_its_own():
+    (flag, parked), other = parking_flag(), PriorityFlag()
+    model = make_preset("tiny")
+    install(model, flag)
+    twin = copy.deepcopy(model)
+    wanted = logits(model)
+    install(twin, other, 1)
+    assert (heard(model), heard(twin)) == ([(flag, 0)] * 2, [(other, 1)] * 2)
+    flag.pause(0)
+    standing = in_thread(logits, model)
+    assert parked.wait(WAIT_S)
+    assert torch.equal(logits(twin), wanted)
+    assert uninstall(twin)
+    assert standing.alive()
+    flag.resume(0)
+    assert torch.equal(standing(), wanted)
+    assert heard(model) == [(flag, 0)] * 2
+
+
+READ = """
+import pickle, sys, torch
+model, ids, wanted = pickle.load(open(sys.argv[1], "rb"))
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, wanted)
+"""
+
+
+def test_a_pickle_of_an_installed_model_is_read_by_a_process_that_knows_nothing_of_us(tmp_path):
+    model, flag = make_preset("tiny"), PriorityFlag()
+    install(model, flag)
+    with (tmp_path / "model").open("wb") as file:
+        pickle.dump((model, IDS, logits(model)), file)
+    flag.pause(0)
+    with (tmp_path / "model").open("rb") as file:
+        again, _, wanted = pickle.load(file)
+    assert torch.equal(in_thread(logits, again)(), wanted)  # the experts, not the flag
+    subprocess.run([sys.executable, "-c", READ, tmp_path / "model"], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -449,6 +491,118 @@ def test_two_models_with_two_flags():
     assert standing.alive()
     flag.resume(0)
     assert torch.equal(standing(), wanted)
+
+
+def test_two_models_with_one_flag():
+    flag, _ = parking_flag()
+    models_ = [make_preset("tiny"), make_preset("tiny-olmoe")]
+    for model in models_:
+        install(model, flag)
+    wanted = [logits(model) for model in models_]
+    flag.pause(0)
+    standing = [in_thread(logits, model) for model in models_]
+    time.sleep(0.1)
+    assert all(result.alive() for result in standing)
+    flag.resume(0)
+    assert all(torch.equal(result(), want) for result, want in zip(standing, wanted, strict=True))
+
+
+def test_two_threads_on_one_model_with_a_flag_each():
+    """Each thread's body pauses with its own flag only, though the model and its install are shared."""
+    model = make_preset("tiny")
+    install(model)
+    wanted = logits(model)
+    (first, parked), (second, second_parked) = parking_flag(), parking_flag()
+
+    def listening_to(flag):
+        with preemptible(flag, 0):
+            return logits(model)
+
+    first.pause(0)
+    standing = in_thread(listening_to, first)
+    assert parked.wait(WAIT_S)
+    assert torch.equal(in_thread(listening_to, second)(), wanted)
+    second.pause(0)
+    other = in_thread(listening_to, second)
+    assert second_parked.wait(WAIT_S)
+    first.resume(0)
+    assert torch.equal(standing(), wanted)
+    assert other.alive()
+    second.resume(0)
+    assert torch.equal(other(), wanted)
+
+
+@pytest.mark.parametrize("share_config", [False, True])
+def test_installing_and_uninstalling_one_model_while_another_runs(share_config):
+    running, flag = make_preset("tiny"), PriorityFlag()
+    install(running, flag)
+    wanted = logits(running)
+    other = type(running)(running.config).eval() if share_config else make_preset("tiny")
+    stop = threading.Event()
+
+    def run():
+        passes = 0
+        while not stop.is_set() or passes < 3:
+            assert torch.equal(logits(running), wanted)
+            passes += 1
+        return passes
+
+    with flipping(flag):
+        passes = in_thread(run)
+        for _ in range(10):
+            install(other, PriorityFlag(), 1)
+            assert uninstall(other)
+        stop.set()
+        assert passes() >= 3
+    uninstall(running)
+    assert running.config._experts_implementation != "qllm"
+
+
+def test_two_threads_install_models_that_share_a_config():
+    first = make_preset("tiny")
+    both = [first, type(first)(first.config).eval()]
+    before = first.config._experts_implementation
+    for _ in range(5):
+        for result in [in_thread(install, model) for model in both]:
+            assert len(result()) == 2
+        assert first.config._experts_implementation == "qllm"
+        for result in [in_thread(uninstall, model) for model in both]:
+            assert result()
+        assert first.config._experts_implementation == before
+
+
+def test_a_refused_install_leaves_a_shared_config_to_the_model_that_has_it():
+    good = make_preset("tiny")
+    bad = type(good)(good.config).eval()
+    bad.model.layers[1].mlp.forward = lambda x: x
+    before = good.config._experts_implementation
+    for others, expected in (((), before), ((good,), "qllm")):
+        for model in others:
+            install(model)
+        with pytest.raises(UnsupportedExpertsError):
+            install(bad)
+        assert good.config._experts_implementation == expected
+        assert not uninstall(bad)
+    uninstall(good)
+    assert good.config._experts_implementation == before
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model, flag: install(model, flag, 1), lambda model, _: uninstall(model)]
+)
+def test_a_pass_that_stands_still_goes_by_the_flag_that_it_began_with(change):
+    model, other = make_preset("tiny"), PriorityFlag()
+    flag, parked = parking_flag()
+    install(model, flag)
+    wanted = logits(model)
+    flag.pause(0)
+    standing = in_thread(logits, model)
+    assert parked.wait(WAIT_S)
+    change(model, other)
+    assert torch.equal(in_thread(logits, model)(), logits(model))  # nobody else waits for the old flag
+    assert standing.alive()
+    flag.resume(0)
+    torch.testing.assert_close(standing(), wanted, rtol=0, atol=1e-5)  # the layers after it may be another's
 
 
 # -- refusals ------------------------------------------------------------------------------------------
