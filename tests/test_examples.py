@@ -35,4 +35,5 @@ def test_property_test():
 def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "swap_experts.py", "custom_model.py", "property_test.py",
+        "kernelize.py",  # in test_kernels_layer.py
     }  # fmt: skip
