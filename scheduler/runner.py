@@ -108,7 +108,10 @@ class Runner:
                 use_cache=True,
                 logits_to_keep=torch.tensor(last, device=self.device),
             )
-        return out.logits[0].cpu()
+        logits = out.logits[0]
+        if len(logits) != len(last):  # not every model knows logits_to_keep
+            logits = logits[last]
+        return logits.cpu()
 
     def _attention_gate(self) -> None:
         """Where a pass that is paused between tiles also stops: between two blocks of queries."""
@@ -150,28 +153,39 @@ class Runner:
                 "that run it at once would overwrite each other's, so the engine cannot serve this model"
             )
 
-    @torch.inference_mode()
-    def _check(self, expected: torch.Tensor) -> None:
+    def _probe_rows(self) -> torch.Tensor:
         ids, n = self._probe_ids(), self.PROBE
-        if self.pool.tokens < 2 * n:
-            raise ValueError(f"kv_tokens must be at least {2 * n}, got {self.pool.tokens}")
         first = Ragged([Segment(0, 4, 0, 0)])
         self._forward(ids[:4], first)
         self.pool.expands = first.expanded
         # More of the first row beside most of a second one, which is two tokens shorter; then one of each.
-        self._forward(ids[4:-1] + ids[:-3], Ragged([Segment(0, n - 5, 4, 0), Segment(n - 5, n - 3, 0, n)]))
+        together = Ragged([Segment(0, n - 5, 4, 0), Segment(n - 5, n - 3, 0, n)])
+        middle = self._forward(ids[4:-1] + ids[:-3], together)
         last = Ragged([Segment(0, 1, n - 1, 0), Segment(1, 1, n - 3, n)], *self._limits)
-        got = self._forward([ids[-1], ids[-3]], last).float()
-        want = expected[[n - 1, n - 3]]
-        if not want.isfinite().all():
+        return torch.cat([self._forward([ids[-1], ids[-3]], last), middle]).float()
+
+    @torch.inference_mode()
+    def _check(self, expected: torch.Tensor) -> None:
+        n, name = self.PROBE, type(self.model).__name__
+        if self.pool.tokens < 2 * n:
+            raise ValueError(f"kv_tokens must be at least {2 * n}, got {self.pool.tokens}")
+        try:
+            got = self._probe_rows()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
             raise ValueError(
-                f"{type(self.model).__name__}: its logits for a few tokens are not finite numbers"
-            )
+                f"{name}: its attention or cache asks for what the engine does not have: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        want = expected[[n - 1, n - 3, n - 2, n - 4]]
+        if not want.isfinite().all():
+            raise ValueError(f"{name}: its logits for a few tokens are not finite numbers")
         error = ((got - want).abs().max() / want.abs().max().clamp_min(1e-6)).item()
         allowed = PROBE_ERROR.get(self.model.dtype, 5e-2)
         if not error <= allowed:
             raise ValueError(
-                f"{type(self.model).__name__}: with the engine's attention the logits of a probe differ by "
+                f"{name}: with the engine's attention the logits of a probe differ by "
                 f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention "
                 "is not supported"
             )

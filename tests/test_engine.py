@@ -122,6 +122,17 @@ def test_other_architectures(preset):
         assert [handle.result(WAIT_S) for handle in handles] == expected
 
 
+def test_a_model_that_gives_the_logits_of_every_token():
+    """Not every model knows logits_to_keep (Qwen3-Omni does not)."""
+    model = make_preset("tiny")
+    forward = model.forward
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: forward(*args, **kwargs)
+    requests = [prompt(n) for n in (70, 3, 5)]
+    with Engine(model, limits=Limits(kv_tokens=1024, kv_reserve=0, prefill_tokens=32)) as engine:
+        handles = [engine.submit(ids, max_new_tokens=5) for ids in requests]
+        assert [h.result(WAIT_S) for h in handles] == [generated(model, ids, 5) for ids in requests]
+
+
 def test_a_sliding_window():
     model = make_preset("tiny")
     model.config.sliding_window = 16
@@ -504,6 +515,8 @@ def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatc
         Engine(tiny_model("llama"))
     with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
         Engine(model, limits=Limits(max_batch=0))
+    with pytest.raises(ValueError, match="GptOssForCausalLM: its attention .*s_aux"):
+        Engine(tiny_model("gpt_oss"))
     monkeypatch.setattr(attention, "_attend", lambda q, k, v, *args: q[0].transpose(0, 1) * 0 + 1)
     with pytest.raises(ValueError, match="attention is not supported"):
         Engine(model, limits=LIMITS)
