@@ -515,7 +515,7 @@ def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatc
         Engine(tiny_model("llama"))
     with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
         Engine(model, limits=Limits(max_batch=0))
-    with pytest.raises(ValueError, match="GptOssForCausalLM: its attention .*s_aux"):
+    with pytest.raises(ValueError, match=r"GptOssForCausalLM: its attention .*s_aux"):
         Engine(tiny_model("gpt_oss"))
     monkeypatch.setattr(attention, "_attend", lambda q, k, v, *args: q[0].transpose(0, 1) * 0 + 1)
     with pytest.raises(ValueError, match="attention is not supported"):

@@ -1,0 +1,55 @@
+"""The engine on transformers' architectures: the tokens of generate, or a refusal; never other tokens."""
+
+import pytest
+import torch
+from conformity import first_model, table
+
+from qllm_ops.models import UnsupportedExpertsError
+from qllm_ops.scheduler.core import Limits
+from qllm_ops.scheduler.engine import Engine
+
+SERVED = {
+    "afmoe", "aria", "axk1", "beam", "cohere2_moe", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+    "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "laguna", "mellum",
+    "minimax_m2", "minimax_m3_vl", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+    "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
+}  # fmt: skip
+"""Those that must not be refused. The others have attention sinks, an indexer or a state that is no list of
+keys and values, or experts that `install` refuses. One that is served all the same must be served right."""
+
+ROWS = {row.folder: row for row in reversed(table())}  # the first experts class of each
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(3, 120, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def generated(model, ids: list[int]) -> list[int]:
+    ids = torch.tensor([ids])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
+def choices(model):
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    return [(c._attn_implementation, getattr(c, "_experts_implementation", None)) for c in configs]
+
+
+@pytest.mark.parametrize("folder", sorted(ROWS))
+def test_the_tokens_of_generate_or_a_refusal(folder):
+    model, _, reason = first_model(*ROWS[folder].load())
+    if model is None or not model.can_generate():
+        pytest.skip(f"no tiny language model of {folder}: {reason or 'it has no head'}")
+    model.generation_config.eos_token_id = None
+    requests = [prompt(n) for n in (40, 5, 17)]
+    expected, before = [generated(model, ids) for ids in requests], choices(model)
+    try:
+        with Engine(model, limits=Limits(kv_tokens=256, kv_reserve=0, prefill_tokens=16)) as engine:
+            handles = [engine.submit(ids, max_new_tokens=5, priority=i % 2) for i, ids in enumerate(requests)]
+            assert [handle.result(60) for handle in handles] == expected
+    except (ValueError, UnsupportedExpertsError):
+        assert folder not in SERVED
+    assert choices(model) == before
