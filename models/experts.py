@@ -83,8 +83,9 @@ def preemptible(
     """Make every experts call of this thread's body listen to ``flag`` as class ``priority``.
 
     It goes before what was given to `install`, whatever the model; ``flag=None`` means that the body
-    is never preempted. The innermost body wins. A new thread starts outside of every body. What is
-    yielded belongs to this body alone, and counts its ``wasted_tiles``.
+    is never preempted. The innermost body wins. A new thread starts outside of every body, one that is
+    given a copy of the context (``asyncio.to_thread``) in the same one. What is yielded belongs to this
+    body alone, and counts its ``wasted_tiles``.
     """
     preemption = Preemption(flag, priority, granularity)
     token = _override.set(preemption)

@@ -1,5 +1,6 @@
 """The swap: the same model as before, preemptible; what cannot be swapped is refused, never wrong."""
 
+import asyncio
 import copy
 import pickle
 import random
@@ -379,6 +380,7 @@ def test_which_flag_a_forward_listens_to():
                 assert flags() is None
         assert flags() == (other, 0)
         assert in_thread(current_preemption)() is None
+        assert asyncio.run(asyncio.to_thread(flags)) == (other, 0)
         assert in_thread(flags)() == (mine, 1)
         with pytest.raises(KeyError), preemptible(mine, 1):
             raise KeyError
