@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import transformers
-from tiny_models import OTHER_LAYOUTS, REFUSED, SUPPORTED, tiny_model
+from tiny_models import OTHER_LAYOUTS, REFUSED, SUPPORTED, needs_pickle, tiny_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -288,6 +288,7 @@ with torch.no_grad():
 """
 
 
+@needs_pickle
 def test_a_pickle_of_an_installed_model_is_read_by_a_process_that_knows_nothing_of_us(tmp_path):
     model, flag = make_preset("tiny"), PriorityFlag()
     install(model, flag)

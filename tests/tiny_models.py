@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.import_utils import is_kernels_available
+
+needs_pickle = pytest.mark.skipif(
+    is_kernels_available(), reason="with the kernels library, no model of transformers can be pickled"
+)
 
 SUPPORTED = ("tiny", "tiny-qwen3-moe", "tiny-olmoe", "tiny-deepseek-v3")
 """Presets with experts that are installed."""
