@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import preemptible, warming_up
@@ -24,6 +24,15 @@ PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 Wrong attention differs by the size of the logits; rounding stays well below."""
 
 
+def _positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model is made for; None if its config does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if positions is not None and rope.get("rope_type") == "dynamic":
+        return int(positions * rope.get("factor", 1.0))  # here, the config gives what it was trained for
+    return positions
+
+
 class Runner:
     """Executes batches on a model that both lanes share. What differs per lane is thread-local: grad
     mode, the stream, which rows attention sees, and what the experts poll."""
@@ -32,7 +41,7 @@ class Runner:
         self.model, self.flag, self.log = model, flag, log
         self.device = next(model.parameters()).device
         self.vocab_size = model.get_input_embeddings().num_embeddings
-        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions = _positions(model.config.get_text_config())
         self.pool = KVPool(model, kv_tokens)
         if self.device.type == "cpu":
             self._limits = (attention.BLOCK_SCORES, attention.PADDED_BYTES)
@@ -63,7 +72,7 @@ class Runner:
         if self.max_positions is not None and len(ids) + max_new_tokens > self.max_positions:
             raise ValueError(
                 f"prompt: {len(ids)} prompt + {max_new_tokens} new tokens are more than the "
-                f"{self.max_positions} positions that the model has (max_position_embeddings)"
+                f"{self.max_positions} positions that the model has"
             )
         return ids
 
