@@ -46,6 +46,11 @@ class Backend(str, Enum):
     triton = "triton"
 
 
+class Gate(str, Enum):
+    host = "host"
+    stream = "stream"
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point of ``qllm``."""
     try:
@@ -120,6 +125,9 @@ def replay(
         str | None, _in(MODEL, "--device", '"cpu", "cuda" or "cuda:N"; by default CUDA where there is one.')
     ] = None,
     backend: Annotated[Backend, _in(MODEL, "--backend", "Of the experts.")] = Backend.auto,
+    gate: Annotated[
+        Gate, _in(MODEL, "--gate", "Where paused work waits on a GPU: in its thread or in its stream.")
+    ] = Gate.host,
     threads: Annotated[int | None, _in(MODEL, "--threads", "CPU threads per operation.")] = None,
     policy: Annotated[
         list[str] | None,

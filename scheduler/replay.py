@@ -59,6 +59,7 @@ def run_all(
     limits: Limits | None = None,
     seed: int = 0,
     backend: str = "auto",
+    gate: str = "host",
     slo_s: float | None = None,
     drain_timeout_s: float = DRAIN_TIMEOUT_S,
     progress: Callable[[str, Progress], None] | None = None,
@@ -73,7 +74,7 @@ def run_all(
     Returns:
         The runs by name, "ls_alone" first if there are LS requests, and the SLO in seconds.
     """
-    options = {"limits": limits, "seed": seed, "backend": backend}
+    options = {"limits": limits, "seed": seed, "backend": backend, "gate": gate}
     plan = [(LS_ALONE, "tile", [a for a in arrivals if a.priority >= LS])]
     plan += [(get_policy(policy).name, policy, arrivals) for policy in policies]
     if slo_s is None:
@@ -97,6 +98,7 @@ def replay(
     limits: Limits | None = None,
     seed: int = 0,
     backend: str = "auto",
+    gate: str = "host",
     temperature: float = 0.0,
     top_p: float = 1.0,
     drain_timeout_s: float = DRAIN_TIMEOUT_S,
@@ -110,7 +112,7 @@ def replay(
     requests that were. An exception, Ctrl-C included, closes the engine on its way out.
 
     Args:
-        model: as for :class:`Engine`.
+        model, backend, gate: as for :class:`Engine`.
         seed: of the prompts and, where ``temperature`` is above 0, of each request's own sampling.
 
     Returns:
@@ -124,7 +126,7 @@ def replay(
     arrivals = sorted(arrivals, key=lambda a: a.arrival_s)
     if not arrivals:
         raise ValueError("arrivals must hold at least one request, got none")
-    engine = Engine(model, policy=policy, limits=limits, backend=backend)
+    engine = Engine(model, policy=policy, limits=limits, backend=backend, gate=gate)
     stuck = False
     try:
         warm_up(engine, max(a.prompt_tokens for a in arrivals))
@@ -319,6 +321,7 @@ def measure_slo(
     limits: Limits | None = None,
     seed: int = 0,
     backend: str = "auto",
+    gate: str = "host",
     prompt_tokens: int = 64,
     steps: int = 16,
 ) -> float:
@@ -328,7 +331,7 @@ def measure_slo(
     as the paper's is one of its batch of 32. The median of about ``steps`` iterations counts.
     """
     limits = limits or Limits()
-    with Engine(model, policy="priority", limits=limits, backend=backend) as engine:
+    with Engine(model, policy="priority", limits=limits, backend=backend, gate=gate) as engine:
         warm_up(engine, prompt_tokens)
         steps = min(steps, max(2, limits.kv_tokens // 2))
         prompt_tokens = max(1, min(prompt_tokens, limits.kv_tokens // limits.max_batch - steps))

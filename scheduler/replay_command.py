@@ -226,7 +226,7 @@ def _load(o: SimpleNamespace, place: torch.device) -> tuple[PreTrainedModel, str
 def _check_fit(model: PreTrainedModel, o: SimpleNamespace, limits: Limits) -> None:
     """See that an engine takes the model and the limits before the clock runs."""
     with _bad_input(ValueError), _memory(f"--kv-tokens {limits.kv_tokens} needs more memory than there is"):
-        Engine(model, policy=o.policy[0], limits=limits, backend=o.backend.value).close()
+        Engine(model, policy=o.policy[0], limits=limits, backend=o.backend.value, gate=o.gate.value).close()
 
 
 @contextlib.contextmanager
@@ -273,6 +273,7 @@ def _replay(
                 limits=limits,
                 seed=o.seed,
                 backend=o.backend.value,
+                gate=o.gate.value,
                 slo_s=o.slo,
                 drain_timeout_s=o.drain_timeout,
                 progress=show,

@@ -192,6 +192,7 @@ BAD = {
     "unknown preset": (["replay", "--preset", "huge"], ["'huge'", "demo"]),
     "unknown dtype": (["replay", "--dtype", "float8"], ["--dtype", "float8"]),
     "unknown backend": (["replay", "--backend", "cutlass"], ["--backend", "cutlass"]),
+    "unknown gate": (["replay", "--gate", "garden"], ["--gate", "garden"]),
     "not a number": (["replay", "--rate", "fast"], ["--rate"]),
     "one bound": (["replay", "--be-prompt", "64"], ["--be-prompt"]),
     "bounds the wrong way": (["replay", "--be-prompt", "64", "32"], ["be_prompt", "(64, 32)"]),
@@ -400,7 +401,7 @@ def test_help_of_replay_names_every_option(qllm):
     options = (
         *("model", "preset", "ls-trace", "be-trace", "rate", "duration", "seed", "ls-fraction", "time-scale"),
         *("max-requests", "policy", "slo", "out", "kv-tokens", "max-batch", "prefill-tokens", "be-floor"),
-        *("aging", "top-up-tokens", "dtype", "device", "backend", "threads"),
+        *("aging", "top-up-tokens", "dtype", "device", "backend", "gate", "threads"),
     )
     assert [name for name in options if f"--{name} " not in out] == []
 

@@ -86,13 +86,14 @@ def test_kernels_are_loaded_before_a_lane_starts(model, monkeypatch):
 # -- the same answer as transformers -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_mixed_requests_get_the_tokens_of_generate(model, policy):
+@pytest.mark.parametrize(("policy", "gate"), [*((policy, "host") for policy in POLICIES), ("tile", "stream")])
+def test_mixed_requests_get_the_tokens_of_generate(model, policy, gate):
     requests = [(prompt(n, i), priority) for i, (n, priority) in enumerate(
         [(700, BE), (5, LS), (40, BE), (300, LS), (1, BE), (64, LS)]
     )]  # fmt: skip
     expected = [generated(model, ids, 6) for ids, _ in requests]
-    with Engine(model, policy=policy, limits=LIMITS) as engine:
+    with Engine(model, policy=policy, limits=LIMITS, gate=gate) as engine:
+        assert engine.flag.gate == gate
         handles = [engine.submit(ids, priority=p, max_new_tokens=6) for ids, p in requests]
         assert [handle.result(WAIT_S) for handle in handles] == expected
         kinds = {(span.lane, span.kind) for span in engine.log.spans}

@@ -180,14 +180,15 @@ def test_a_run_that_takes_too_long_is_cut_short(model, monkeypatch):
 
 def test_an_iteration_that_never_ends_is_given_up(monkeypatch):
     model, release = make_preset("tiny"), threading.Event()
-    warm_up, run = replay_module.warm_up, Runner.run
+    warm_up, run, engines = replay_module.warm_up, Runner.run, []
 
     def hang(self, batch, granularity):
         release.wait(60)
         return run(self, batch, granularity)
 
-    def then_hang(*args):
-        warm_up(*args)
+    def then_hang(engine, *args):
+        engines.append(engine)
+        warm_up(engine, *args)
         monkeypatch.setattr(Runner, "run", hang)
 
     monkeypatch.setattr(replay_module, "warm_up", then_hang)
@@ -197,6 +198,7 @@ def test_an_iteration_that_never_ends_is_given_up(monkeypatch):
             replay(model, [Arrival("be-0", BE, 0.0, 8, 2)], "fcfs", limits=LIMITS, drain_timeout_s=0.2)
     finally:
         release.set()
+        engines[0].close()  # which the replay could not wait for
 
 
 def test_an_empty_workload_is_refused(model):
