@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 
 from qllm_ops.activation import Activation
 from qllm_ops.flag import FULL, PriorityFlag
@@ -267,7 +266,7 @@ class TritonMoe:
         if any(self.tiles[phase.kernel].exit_k for phase in products):
             # One for each program that may give a tile back, whatever T is: kernels are compiled for it.
             resident = max(self.tiles[phase.kernel].programs_per_sm for phase in products)
-            self._slots = triton.next_power_of_2(resident * multiprocessors(self.device))
+            self._slots = next_power_of_2(resident * multiprocessors(self.device))
         words = kernels.OFFSETS.value + 3 * (self.inputs.num_experts + 1) + self._slots
         self._state = torch.empty(words, dtype=torch.int32, device=self.device)
 
@@ -275,18 +274,18 @@ class TritonMoe:
         """Sort the pairs by expert and let the device write the state: nothing here knows the routing."""
         x, tiles = self.inputs, self.tiles
         experts, self._order = torch.sort(x.top_k_index.view(-1), stable=True)
-        row_blocks = triton.cdiv(x.num_tokens, tiles["combine"].block_m)
+        row_blocks = ceil_div(x.num_tokens, tiles["combine"].block_m)
         chunks = (self._width, self._phases[-1].size)  # any but the last, and the last
-        self._block_e = max(16, triton.next_power_of_2(x.num_experts + 1))
+        self._block_e = max(16, next_power_of_2(x.num_experts + 1))
         kernels.route[(1,)](
             experts,
             self._state,
             self._pairs,
             x.num_experts,
             len(self._phases),
-            triton.cdiv(x.gate_up_size, 2 * tiles["gate_up"].block_n),
-            *(triton.cdiv(size, tiles["down"].block_n) * tiles["down"].split_k for size in chunks),
-            *(triton.cdiv(size, tiles["combine"].block_n) * row_blocks for size in chunks),
+            ceil_div(x.gate_up_size, 2 * tiles["gate_up"].block_n),
+            *(ceil_div(size, tiles["down"].block_n) * tiles["down"].split_k for size in chunks),
+            *(ceil_div(size, tiles["combine"].block_n) * row_blocks for size in chunks),
             GATE_UP_M=tiles["gate_up"].block_m,
             DOWN_M=tiles["down"].block_m,
             BLOCK_E=self._block_e,
@@ -417,12 +416,12 @@ class TritonMoe:
         """Programs of a launch: as many as stay resident, or as tiles there may be. From T only."""
         x, config = self.inputs, self.tiles[phase.kernel]
         if phase.kernel == "combine":
-            row_blocks, columns = triton.cdiv(x.num_tokens, config.block_m), phase.size
+            row_blocks, columns = ceil_div(x.num_tokens, config.block_m), phase.size
         else:
             # Full blocks, and at most one more for each expert that has a row.
             row_blocks = self._pairs // config.block_m + min(x.num_experts, self._pairs)
-            columns = triton.cdiv(x.gate_up_size, 2) if phase.kernel == "gate_up" else phase.size
-        tiles = row_blocks * triton.cdiv(columns, config.block_n) * config.split_k
+            columns = ceil_div(x.gate_up_size, 2) if phase.kernel == "gate_up" else phase.size
+        tiles = row_blocks * ceil_div(columns, config.block_n) * config.split_k
         return (min(tiles, config.programs_per_sm * multiprocessors(self.device)),)
 
     def _read(self) -> None:
@@ -457,6 +456,17 @@ class TritonMoe:
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+# Triton's own of these two take microseconds, ten times in each layer.
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 @functools.lru_cache(4096)

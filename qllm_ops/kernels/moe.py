@@ -533,7 +533,9 @@ def down(
         ks = tl.arange(0, BLOCK_K)
         inside = columns < chunk_size
         weights = columns if MASKED else tl.minimum(columns, chunk_size - 1)
-        first_weight = expert.to(tl.int64) * hidden_size * intermediate_size + chunk_begin * row_stride
+        first_weight = (
+            expert.to(tl.int64) * hidden_size * intermediate_size + chunk_begin.to(tl.int64) * row_stride
+        )
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums, whole = multiply(
