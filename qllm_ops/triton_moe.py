@@ -23,6 +23,9 @@ ROUNDS = {"gate_up": 2, "down": 2, "combine": 1}
 """How often a launch of each phase may be left under a stream gate. What is left then is computed by one more
 launch, which nothing stops; where nothing is left, each of them costs a launch that ends at once."""
 
+COUNTED_PAIRS = 512
+"""Most pairs that one program sorts by itself: below that, a sort's own launches take longer."""
+
 INVARIANT_ROWS = 64
 """Rows per expert for which tiles are chosen that must be the same for every batch: 64 rows still read
 the weights of a decode batch faster than they multiply, and use the matrix units of a prefill."""
@@ -105,7 +108,8 @@ class TritonMoe:
 
         The runs are of tokens that no expert here takes: their output is zero. T must be at least 1.
         """
-        for num_tokens in token_counts(inputs.top_k, inputs.num_experts):
+        counts = token_counts(inputs.top_k, inputs.num_experts)
+        for num_tokens in sorted({*counts, COUNTED_PAIRS // inputs.top_k + 1}):
             nobody = replace(
                 inputs,
                 hidden_states=inputs.hidden_states.new_empty(num_tokens, inputs.hidden_size),
@@ -273,12 +277,18 @@ class TritonMoe:
     def _route(self) -> None:
         """Sort the pairs by expert and let the device write the state: nothing here knows the routing."""
         x, tiles = self.inputs, self.tiles
-        experts, self._order = torch.sort(x.top_k_index.view(-1), stable=True)
+        counted = self._pairs <= COUNTED_PAIRS
+        if counted:
+            experts = x.top_k_index
+            self._order = torch.empty(self._pairs, dtype=torch.int64, device=self.device)
+        else:
+            experts, self._order = torch.sort(x.top_k_index.view(-1), stable=True)
         row_blocks = ceil_div(x.num_tokens, tiles["combine"].block_m)
         chunks = (self._width, self._phases[-1].size)  # any but the last, and the last
         self._block_e = max(16, next_power_of_2(x.num_experts + 1))
         kernels.route[(1,)](
             experts,
+            self._order,
             self._state,
             self._pairs,
             x.num_experts,
@@ -290,7 +300,8 @@ class TritonMoe:
             DOWN_M=tiles["down"].block_m,
             BLOCK_E=self._block_e,
             SLOTS=self._slots,
-            num_warps=4,
+            COUNT=COUNTED_PAIRS if counted else 0,
+            num_warps=8,
             enable_fp_fusion=True,
         )
 

@@ -4,9 +4,9 @@
 
 A request is {"kernel": "gate_up", "arch": "sm_90", "dtype": "bf16", "config": {...}}, the fields of the
 configuration being those of qllm_ops.tiles.TileConfig; it may also hold "has_flag", "activation", "even",
-"top_k", "layout" (of LAYOUTS below), and "sass" to have the machine code written too. A record repeats the
-request and adds the registers, the stack, the local and the shared memory in bytes, and the names of the
-files in DIRECTORY.
+"top_k", "count", "layout" (of LAYOUTS below), and "sass" to have the machine code written too. A record
+repeats the request and adds the registers, the stack, the local and the shared memory in bytes, and the names
+of the files in DIRECTORY.
 
 It is a program of its own because TRITON_INTERPRET, which the other tests set, is read when a kernel
 is defined. Kernels are compiled as a launch on aligned tensors of even shapes would compile them.
@@ -54,7 +54,7 @@ ARGUMENTS = {
     **dict.fromkeys(
         ("hidden_ptr", "weight_ptr", "bias_ptr", "intermediate_ptr", "partial_ptr", "output_ptr"), "*T"
     ),
-    **dict.fromkeys(("order_ptr", "sorted_ptr", "index_ptr"), "*i64"),
+    **dict.fromkeys(("order_ptr", "experts_ptr", "index_ptr"), "*i64"),
     **dict.fromkeys(("state_ptr", "flag_ptr"), "*i32"),
     "weights_ptr": "*fp32",
     **dict.fromkeys(
@@ -78,7 +78,7 @@ def compile_kernel(request: dict, directory: Path) -> dict:
     constants = {
         "HAS_FLAG": request.get("has_flag", True), "ACTIVATION": request.get("activation", "silu"),
         "EVEN": request.get("even", True), "BLOCK_E": 256,
-        "GATE_UP_M": config.block_m, "DOWN_M": config.block_m,
+        "COUNT": request.get("count", 0), "GATE_UP_M": config.block_m, "DOWN_M": config.block_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "SPLIT_K": config.split_k, "TOP_K": request.get("top_k", 8), "STAGES": config.num_stages,
         "EXIT_K": config.exit_k, "SLOTS": 512 if config.exit_k else 0,

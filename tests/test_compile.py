@@ -51,7 +51,8 @@ def requests(arch: str) -> list[dict]:
                     chosen += [{**base, "config": asdict(config), "layout": "aria"} for config in configs]
                     chosen += [{**largest, "activation": name} for name in ("gelu", "gelu_tanh")]
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
-    return [*chosen, {**chosen[0], "kernel": "route"}]
+    routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
+    return [*chosen, *routes]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -195,13 +196,15 @@ def flipping(flag: PriorityFlag, gaps):
     st.lists(st.none() | st.integers(1, 9), min_size=1, max_size=5),
     st.sampled_from((1, 2, 2**31 - 1)),
     st.booleans(),
+    st.booleans(),
 )
-def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks):
+def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks, counted):
     expected = uninterrupted(inputs, tiles)
     assert_close(inputs, expected)
     flag = PriorityFlag()
     flag.share(0, share)
-    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
+    with mock.patch("qllm_ops.triton_moe.COUNTED_PAIRS", 512 if counted else 0):
+        run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
     done = 0
     with flipping(flag, gaps):
         for quantum in finish(run, flag, quanta):
@@ -366,6 +369,25 @@ def test_edge_case(case):
 def test_more_row_blocks_than_a_group_holds():
     inputs = layer(68, 33, 17, 2, 2, routing="one")  # 17 row blocks, 2 column blocks
     assert_close(inputs, uninterrupted(inputs))
+
+
+@given(
+    st.integers(1, 40), st.sampled_from((torch.int64, torch.int32, torch.uint8)), st.integers(1, 8),
+    st.lists(st.integers(-(2**40), 2**40) | st.integers(-2, 9), min_size=1, max_size=600),
+)  # fmt: skip
+def test_counting_sorts_as_torch_does(experts, dtype, top_k, values):
+    info = torch.iinfo(dtype)
+    values = [min(max(value, info.min), info.max) for value in values]
+    tokens = -(-len(values) // top_k)
+    inputs = layer(tokens, 1, 1, experts, top_k)
+    index = torch.tensor(values).repeat(tokens * top_k)[: tokens * top_k].view(tokens, top_k).to(dtype)
+    runs = []
+    for counted in (0, 1024):
+        with mock.patch("qllm_ops.triton_moe.COUNTED_PAIRS", counted):
+            runs.append(TritonMoe(replace(inputs, top_k_index=index), None, 0))
+    assert torch.equal(runs[0]._state, runs[1]._state)
+    first, end = runs[0]._state[kernels.OFFSETS.value :][[0, experts]].tolist()
+    assert torch.equal(runs[0]._order[first:end], runs[1]._order[first:end])
 
 
 @pytest.mark.parametrize("value", [-1, 3, -(2**40), 2**40])

@@ -2,7 +2,8 @@
 
 Launches in stream order, each but the first a phase with its own tiles:
 
-    route      where every expert's rows begin, and how many tiles there are      (one program)
+    route      where every expert's rows begin, how many tiles there are, and for few pairs their order
+               (one program)
     gate_up    intermediate[r] = act(gate) * up   for every sorted row r          (P, I)
     down       partial[s, p] = part s of down(intermediate[r])   for p = order[r] (S, P, W)
     combine    output[t] = sum over k of weight[t, k] * sum over s of partial[s, t * K + k]
@@ -299,7 +300,8 @@ def below(x, LIMIT: tl.constexpr):
     do_not_specialize=["num_pairs", "down_blocks", "last_down_blocks", "combine_tiles", "last_combine_tiles"]
 )
 def route(
-    sorted_ptr,  # (P,) expert of every sorted row
+    experts_ptr,  # (P,) expert of every pair, or of every sorted row if not COUNT
+    order_ptr,  # (P,) int64; written if COUNT
     state_ptr,
     num_pairs,
     num_experts,
@@ -313,15 +315,17 @@ def route(
     DOWN_M: tl.constexpr,
     BLOCK_E: tl.constexpr,  # power of two, at least E + 1
     SLOTS: tl.constexpr,
+    COUNT: tl.constexpr,  # 0, or a power of two and at least P: sort them here
 ):
-    """Write the state of a run that has not begun. One program, of no class: it never waits.
-
-    Every expert finds its rows by binary search, which is faster for one program than a pass over them.
-    """
+    """Write the state of a run that has not begun. One program, of no class: it never waits."""
     experts = tl.arange(0, BLOCK_E)
     known = experts < num_experts
-    begin = first_row(sorted_ptr, num_pairs, experts, BLOCK_E)
-    rows = first_row(sorted_ptr, num_pairs, experts + 1, BLOCK_E) - begin
+    if COUNT > 0:
+        begin, rows = sort_by_counting(experts_ptr, order_ptr, num_pairs, num_experts, COUNT, BLOCK_E)
+    else:
+        # Every expert finds its rows by binary search: faster for one program than a pass over them.
+        begin = first_row(experts_ptr, num_pairs, experts, BLOCK_E)
+        rows = first_row(experts_ptr, num_pairs, experts + 1, BLOCK_E) - begin
     rows = tl.where(known, rows, 0)
     offsets_ptr = state_ptr + OFFSETS
     tl.store(offsets_ptr + experts, begin, mask=experts <= num_experts)
@@ -343,6 +347,40 @@ def route(
     tl.store(state_ptr + TICKETS + phases, 0)
     tl.store(state_ptr + DONE + phases, 0)
     tl.store(state_ptr + TOTAL + phases, tl.where(phases < num_phases, tiles, 0))
+
+
+@triton.jit
+def sort_by_counting(
+    index_ptr, order_ptr, num_pairs, num_experts, COUNT: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Write the order of the pairs; the first row of every expert, and how many it has.
+
+    A pair's place is the number of pairs that go before it. All against all, which for some hundred pairs
+    takes a program less time than the launches of a sort.
+    """
+    STEP: tl.constexpr = 16
+    pairs, experts = tl.arange(0, COUNT), tl.arange(0, BLOCK_E)
+    mine = expert_of(index_ptr, pairs, num_pairs, num_experts)
+    place = tl.zeros((COUNT,), dtype=tl.int32)
+    begin = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    rows = tl.zeros((BLOCK_E,), dtype=tl.int32)
+    for start in tl.range(0, num_pairs, STEP):
+        others = start + tl.arange(0, STEP)
+        theirs = expert_of(index_ptr, others, num_pairs, num_experts)[None, :]
+        first = (theirs == mine[:, None]) & (others[None, :] < pairs[:, None])
+        place += tl.sum(((theirs < mine[:, None]) | first).to(tl.int32), axis=1)
+        begin += tl.sum((theirs < experts[:, None]).to(tl.int32), axis=1)
+        rows += tl.sum((theirs == experts[:, None]).to(tl.int32), axis=1)
+    tl.store(order_ptr + place, pairs.to(tl.int64), mask=pairs < num_pairs)
+    return begin, rows
+
+
+@triton.jit
+def expert_of(index_ptr, pairs, num_pairs, num_experts):
+    """The pairs' experts: -1 for all below 0, num_experts for all above, and more for pairs that are none."""
+    expert = tl.load(index_ptr + pairs, mask=pairs < num_pairs, other=0).to(tl.int64)
+    expert = tl.minimum(tl.maximum(expert, -1), num_experts).to(tl.int32)
+    return tl.where(pairs < num_pairs, expert, num_experts + 1)
 
 
 @triton.jit
