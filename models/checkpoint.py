@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -377,7 +378,7 @@ def _fill(
             full[id(like)] = torch.empty(like.shape, dtype=like.dtype, device=device)
             straight += target.slots(full[id(like)])
     stored = [tensor for tensor, _ in straight] + [tensor for target in worked_on for tensor in target.stored]
-    with _Reader(sum(tensor.nbytes for tensor in stored), progress) as reader:
+    with _Reader(sum(tensor.nbytes for tensor in stored), device, progress) as reader:
         reader.read(straight)
         for target in worked_on:
             values = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in target.stored]
@@ -400,16 +401,13 @@ def _fill(
 class _Reader:
     """Reads stored tensors into tensors with a few threads, in the order of the files, and shows how far."""
 
-    def __init__(self, total_bytes: int, progress: bool):
+    def __init__(self, total_bytes: int, device: torch.device, progress: bool):
         columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
-        self.bar = Progress(
-            *columns,
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not progress,
-        )
+        columns += (TransferSpeedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
         self.task = self.bar.add_task("loading", total=total_bytes)
+        self.pinned = device.type == "cuda"
+        self.own = threading.local()
         self.pool = ThreadPoolExecutor(READERS)
 
     def __enter__(self) -> _Reader:
@@ -423,8 +421,20 @@ class _Reader:
     def read(self, slots: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
         in_order = sorted(slots, key=lambda slot: (slot[0].file, slot[0].begin))
         pieces = (piece for tensor, slot in in_order for piece in _pieces(tensor, slot))
-        for nbytes in self.pool.map(_read_piece, pieces):
+        for nbytes in self.pool.map(self._read_piece, pieces):
             self.bar.advance(self.task, nbytes)
+
+    def _read_piece(self, piece: tuple[StoredTensor, int, torch.Tensor]) -> int:
+        tensor, start, target = piece
+        straight = target.dtype == tensor.dtype and target.device.type == "cpu"
+        tensor.read(start, target, None if straight else self._buffer())
+        return len(target) * tensor.dtype.itemsize
+
+    def _buffer(self) -> torch.Tensor:
+        """This thread's own; the allocator would keep several of those that are made anew for every piece."""
+        if not hasattr(self.own, "buffer"):
+            self.own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self.pinned)
+        return self.own.buffer
 
 
 def _pieces(tensor: StoredTensor, slot: torch.Tensor) -> Iterator[tuple[StoredTensor, int, torch.Tensor]]:
@@ -432,12 +442,6 @@ def _pieces(tensor: StoredTensor, slot: torch.Tensor) -> Iterator[tuple[StoredTe
     flat, step = slot.view(-1), PIECE_BYTES // tensor.dtype.itemsize
     for start in range(0, len(flat), step):
         yield tensor, start, flat[start : start + step]
-
-
-def _read_piece(piece: tuple[StoredTensor, int, torch.Tensor]) -> int:
-    tensor, start, target = piece
-    tensor.read(start, target)
-    return len(target) * tensor.dtype.itemsize
 
 
 def _finish(model: PreTrainedModel, path: Path) -> None:

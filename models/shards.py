@@ -47,6 +47,11 @@ TORCH = {
 """What torch calls those dtypes that a model in memory has."""
 
 
+SERIAL = 2**14
+"""torch converts so few elements in the calling thread. Several readers that each woke a team of OpenMP
+threads took several times as long on two cores."""
+
+
 class CheckpointError(ValueError):
     """A model folder or file that cannot be loaded; names the file, the tensor and what was wanted."""
 
@@ -79,21 +84,18 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, start: int, target: torch.Tensor) -> None:
+    def read(self, start: int, target: torch.Tensor, buffer: torch.Tensor | None = None) -> None:
         """Fill ``target`` with the elements from ``start`` on, converted to its dtype, on its device.
 
         Args:
-            target: one-dimensional and contiguous. On a CPU and of the stored dtype the bytes go
-                straight into it; else through a buffer of the same length.
+            target: one-dimensional and contiguous.
+            buffer: bytes (uint8) on the CPU that the elements fit in, for a target of another dtype or
+                on another device. None: they go straight into the target.
         """
-        straight = target.dtype == self.dtype and target.device.type == "cpu"
-        buffer = (
-            target
-            if straight
-            else target.new_empty(target.shape, dtype=self.dtype, device="cpu", pin_memory=target.is_cuda)
-        )
-        left = memoryview(buffer.view(torch.uint8).numpy())
-        # readinto and not a mapping: mapped pages would count as this process's memory beside the weights.
+        nbytes = len(target) * self.dtype.itemsize
+        stored = target if buffer is None else buffer[:nbytes].view(self.dtype)
+        left = memoryview(stored.view(torch.uint8).numpy())
+        # Not a mapping: its pages would count as this process's memory beside the weights.
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin + start * self.dtype.itemsize)
             while left:
@@ -101,8 +103,11 @@ class StoredTensor:
                 if not count:
                     raise CheckpointError(f"{self} ends {len(left)} bytes too early: the file has changed")
                 left = left[count:]
-        if not straight:
-            target.copy_(buffer)
+        if target.device.type != "cpu":
+            target.copy_(stored)
+        elif buffer is not None:
+            for part, values in zip(target.split(SERIAL), stored.split(SERIAL), strict=True):
+                part.copy_(values)
 
 
 def check_safetensors(path: str | Path) -> tuple[Path, ...]:
