@@ -1,14 +1,19 @@
-"""Loading: whole files are read right in both forms, everything else is refused by name."""
+"""Loading: bit by bit the model that `from_pretrained` gives; everything else is refused by name."""
 
+import collections
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from conformity import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import SUPPORTED, tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import (
@@ -19,6 +24,7 @@ from qllm_ops.models import (
     make_preset,
     uninstall,
 )
+from qllm_ops.models import checkpoint as checkpoint_module
 
 IDS = torch.arange(20).reshape(2, 10)
 EXPERT = "model.layers.1.block_sparse_moe.experts.3."
@@ -96,82 +102,329 @@ def save_whole(folder):
     return folder / "whole"
 
 
-def test_a_file_or_a_folder(tiny):
-    file = tiny / "model.safetensors"
-    assert check_safetensors(file) == check_safetensors(str(tiny)) == (file,)
+# -- the same model as from_pretrained ---------------------------------------------------------------
+
+
+def tensors_of(model):
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def tied(tensors):
+    names = collections.defaultdict(set)
+    for name, tensor in tensors.items():
+        names[id(tensor)].add(name)
+    return sorted(map(sorted, names.values()))
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def assert_same(got, wanted):
+    """Every tensor bit by bit, where and what it is, what is tied, and all that is no tensor."""
+    ours, theirs = tensors_of(got), tensors_of(wanted)
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        for what in ("shape", "dtype", "device", "requires_grad"):
+            assert getattr(ours[name], what) == getattr(tensor, what), (name, what)
+        assert type(ours[name]) is type(tensor), name
+        assert ours[name].stride() == tensor.stride(), name
+        assert torch.equal(bits(ours[name]), bits(tensor)), name
+    assert tied(ours) == tied(theirs)
+    assert got.config.to_dict() == wanted.config.to_dict()
+    assert got.config._experts_implementation == wanted.config._experts_implementation
+    assert got.generation_config.to_dict() == wanted.generation_config.to_dict()
+    for module, other in zip(got.modules(), wanted.modules(), strict=True):
+        assert not module.training
+        assert getattr(module, "name_or_path", None) == getattr(other, "name_or_path", None)
+    assert got.config.name_or_path == wanted.config.name_or_path
+
+
+def theirs(folder, dtype=None):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+
+
+ARCHITECTURES = {
+    "mixtral": "stacked",
+    "qwen3_moe": "stacked",
+    "deepseek_v3": "stacked",  # a buffer that is loaded
+    "deepseek_v4": "stacked",  # many renamings, modules kept in float32
+    "phimoe": "stacked",
+    "jamba": "stacked",
+    "lfm2_moe": "stacked",
+    "nemotron_h": "stacked",  # no gate
+    "granitemoe": "renamed",
+    "gpt_oss": "renamed",
+    "kimi_linear": "converted",  # Concatenate
+    "inkling2_text": "converted",  # Interleave, a number in a name that is shifted
+    "hrm_text": "converted",  # Chunk: several targets of one tensor
+    "qwen3_5_moe_text": "renamed",  # a prefix
+}
+"""Architecture -> what its own format on disk asks of the loader at the most."""
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_architectures(model_type, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # also those that start as ones and zeros
+            parameter.normal_()
+    model.save_pretrained(tmp_path / "own", max_shard_size="150KB")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    seen = {"renamed"}
+    slots, convert = checkpoint_module._Target.slots, checkpoint_module._Target.convert
+
+    def spied_slots(target, whole):
+        found = slots(target, whole)
+        seen.add("stacked" if found is not None and len(found) > 1 else "renamed")
+        return found
+
+    def spied_convert(target, model, values):
+        seen.add("converted")
+        return convert(target, model, values)
+
+    monkeypatch.setattr(checkpoint_module._Target, "slots", spied_slots)
+    monkeypatch.setattr(checkpoint_module._Target, "convert", spied_convert)
+    for dtype in (None, torch.bfloat16, torch.float16):
+        assert_same(load(tmp_path / "own", dtype=dtype, install=False), theirs(tmp_path / "own", dtype))
+    assert ARCHITECTURES[model_type] in seen
+    assert_same(load(tmp_path / "fused", install=False), theirs(tmp_path / "fused"))
+
+
+EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts", "deepseek_v3": "n_routed_experts"}
+
+
+@st.composite
+def checkpoints(draw):
+    """A config, whether its experts are fused on disk, the dtype there, and which shard each tensor is in."""
+    model_type = draw(st.sampled_from(list(EXPERTS)))
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    setattr(config, EXPERTS[model_type], draw(st.integers(12, 24)))
+    config.hidden_size = draw(st.sampled_from([8, 24, 40]))
+    config.intermediate_size = config.moe_intermediate_size = draw(st.integers(1, 30))
+    config.tie_word_embeddings = draw(st.booleans())
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    model = AutoModelForCausalLM.from_config(config, dtype=draw(dtypes))
+    return model, draw(st.booleans()), draw(st.randoms(use_true_random=False)), draw(st.none() | dtypes)
+
+
+@given(checkpoint=checkpoints(), piece=st.sampled_from([64, 1000, 2**20]))
+def test_any_cut_into_shards(checkpoint, piece, tmp_path_factory):
+    model, fused, random, dtype = checkpoint
+    folder = tmp_path_factory.mktemp("shards")
+    model.save_pretrained(folder, save_original_format=not fused)
+    tensors = load_file(folder / "model.safetensors")
+    assert any(".experts.11." in name for name in tensors) != fused
+    (folder / "model.safetensors").unlink()
+    shuffle_into_shards(tensors, folder, random)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_module, "PIECE_BYTES", piece)
+        got = load(folder, dtype=dtype, install=False)
+    assert_same(got, theirs(folder, dtype))
+    for name, tensor in model.state_dict().items():  # and that is the model which was saved
+        assert torch.equal(got.state_dict()[name], tensor.to(got.state_dict()[name].dtype)), name
+
+
+def shuffle_into_shards(tensors, folder, random):
+    names = list(tensors)
+    random.shuffle(names)
+    cuts = sorted(random.sample(range(1, len(names)), random.randint(1, 5)))
+    weight_map = {}
+    for number, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(names)], strict=True)):
+        shard = f"part-{random.randint(0, 99):02}-{number}.safetensors"
+        save_file({name: tensors[name] for name in names[start:stop]}, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(names[start:stop], shard)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+@pytest.mark.parametrize("head", ["missing", "equal", "another", "only"])
+def test_tied_weights(head, tmp_path):
+    """lm_head is tied where it is not stored or stored equal, and not where it is another."""
+    config = tiny_config(CONFIG_MAPPING["qwen3_moe"])
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    def change(tensors):
+        embeddings = tensors["model.embed_tokens.weight"]
+        if head != "missing":
+            tensors["lm_head.weight"] = embeddings + (head == "another")
+        if head == "only":
+            del tensors["model.embed_tokens.weight"]
+
+    edit(tmp_path, change)
+    model = load(tmp_path, install=False)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "another")
+    assert_same(model, theirs(tmp_path))
+
+
+def test_the_first_tensor_says_the_dtype_where_the_config_does_not(tmp_path):
+    make_preset("tiny", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path, install=False)
+    assert model.dtype == torch.bfloat16
+    assert_same(model, theirs(tmp_path))
+
+
+def test_what_transformers_ignores_is_no_error(tmp_path):
+    make_preset("tiny-deepseek-v3").save_pretrained(tmp_path)
+
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        tensors["model.layers.61.mlp.gate.weight"] = torch.zeros(4, 4)  # the layer that predicts ahead
+
+    edit(tmp_path, change)
+    assert_same(load(tmp_path, install=False), theirs(tmp_path))
+
+
+def test_what_is_loaded_is_saved_as_it_was_stored(tiny, tmp_path):
+    load(tiny).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(tiny / "model.safetensors").keys()
+
+
+def test_a_model_may_outlive_its_files(copy):
+    model = load(copy, install=False)
+    before = {name: bits(tensor).clone() for name, tensor in tensors_of(model).items()}
+    (copy / "model.safetensors").write_bytes(b"")  # a mapping of the file would end the process here
+    assert all(torch.equal(bits(tensor), before[name]) for name, tensor in tensors_of(model).items())
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (False, False), (None, False)])
+def test_progress_is_shown_on_stderr_if_asked_for_or_on_a_terminal(progress, shown, tiny, capsys):
+    load(tiny, progress=progress)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("loading" in err) == shown
+    assert "Loading weights" not in err  # transformers' own bar
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_onto_a_gpu(dtype, sharded):
+    assert_same(load(sharded, device="cuda", dtype=dtype, install=False), theirs(sharded, dtype).to("cuda"))
+
+
+def test_quantised_checkpoints_are_left_to_transformers(copy, monkeypatch):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (copy / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr(
+        checkpoint_module, "_from_pretrained", lambda *args: asked.append(args) or tiny_model("llama")
+    )
+    load(copy, install=False)
+    assert asked == [(copy, None)]
 
 
 # -- damage ------------------------------------------------------------------------------------------
 
 
-@given(data=st.data())
-def test_every_cut_is_found(tiny, tmp_path_factory, data):
-    whole = (tiny / "model.safetensors").read_bytes()
-    length = data.draw(st.one_of(st.integers(0, 9000), st.integers(0, len(whole) - 1)), label="length")
-    cut = tmp_path_factory.mktemp("cut") / "model.safetensors"
-    cut.write_bytes(whole[:length])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*cut off"):
-        check_safetensors(cut)
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    make_preset("tiny-qwen3-moe").save_pretrained(folder, max_shard_size="200KB")
+    return folder
 
 
-@given(data=st.data())
-def test_damaged_headers_never_escape(tiny, tmp_path_factory, data):
-    """Whatever stands in the header, the answer is yes or CheckpointError; a yes fits the file's length."""
-    whole = bytearray((tiny / "model.safetensors").read_bytes()[:3000])
-    length = int.from_bytes(whole[:8], "little")
-    at = data.draw(st.integers(0, 2990), label="at")
-    junk = data.draw(
-        st.one_of(st.binary(min_size=1, max_size=9), st.sampled_from([b"-", b"[", b"{}", b"1e9"]))
-    )
-    whole[at : at + len(junk)] = junk
-    file = tmp_path_factory.mktemp("damaged") / "model.safetensors"
-    file.write_bytes(bytes(whole) + (tiny / "model.safetensors").read_bytes()[len(whole) :])
-    error = None
-    try:
-        check_safetensors(file)
-    except CheckpointError as caught:
-        error = caught
-    if error is None:
-        assert length == int.from_bytes(whole[:8], "little")
+def of_shard(folder, tensor):
+    """The shard that a tensor is in, and all that is in that one."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][tensor]
+    return file, load_file(file)
+
+
+def truncate(folder, name, other, draw):
+    file, _ = of_shard(folder, name)
+    file.write_bytes(file.read_bytes()[: -draw(st.integers(1, 1000), label="bytes")])
+    return rf"{file.name}: .*cut off"
+
+
+def drop(folder, name, other, draw):
+    file, tensors = of_shard(folder, name)
+    del tensors[name]
+    save_file(tensors, file)
+    if draw(st.booleans(), label="also from the index"):
+        rewrite_index(folder, lambda weight_map: weight_map.pop(name))
+        return rf"{re.escape(name)}\b"
+    return rf"{file.name}: no tensor {re.escape(name)}, but"
+
+
+def rename(folder, name, other, draw):
+    file, tensors = of_shard(folder, name)
+    tensors["x" + name] = tensors.pop(name)
+    save_file(tensors, file)
+    rewrite_index(folder, lambda weight_map: weight_map.update({"x" + name: weight_map.pop(name)}))
+    return rf"\bx?{re.escape(name)}\b"
+
+
+def reshape(folder, name, other, draw):
+    file, tensors = of_shard(folder, name)
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    save_file(tensors, file)
+    return rf"{file.name}: tensor {re.escape(name)} has shape"
+
+
+def swap(folder, name, other, draw):
+    """Two tensors of different shapes under each other's name."""
+    for one, two in ((name, other), (other, name)):
+        file, tensors = of_shard(folder, one)
+        tensors[one] = of_shard(folder, two)[1][two] if one == name else swap.kept
+        swap.kept = of_shard(folder, one)[1][one]
+        save_file(tensors, file)
+    return rf"tensor ({re.escape(name)}|{re.escape(other)}) has shape"
+
+
+def twice(folder, name, other, draw):
+    file, tensors = of_shard(folder, other)
+    own, own_tensors = of_shard(folder, name)
+    if own == file:
+        own = folder / "extra.safetensors"
+        rewrite_index(folder, lambda weight_map: weight_map.update({"extra": own.name}))
+        save_file({"extra": torch.zeros(1), name: own_tensors[name]}, own)
     else:
-        assert str(file) in str(error)
+        save_file({**tensors, name: own_tensors[name]}, file)
+    return rf"tensor {re.escape(name)} is also in"
 
 
-HEADERS = {
-    "no JSON": b"{nonsense",
-    "a list": b"[1, 2]",
-    "deep": b"[" * 100_000,
-    "no dtype": {"w": {"shape": [1], "data_offsets": [0, 4]}},
-    "unknown dtype": {"w": {"dtype": "Q3", "shape": [1], "data_offsets": [0, 4]}},
-    "wrong size": {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
-    "a hole": {"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-    "an overlap": {
-        "v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-        "w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
-    },
-    "backwards": {"w": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}},
-    "endless": b'{"w": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
-    "fractions": {"w": {"dtype": "F32", "shape": [0.5, 2], "data_offsets": [0, 4]}},
-    "text": {"w": {"dtype": "F32", "shape": "ab", "data_offsets": "cd"}},
-    "nothing": {"w": None},
-    "trailing bytes": {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
-}
+def rewrite_index(folder, change):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("case", HEADERS)
-def test_bad_headers(case, tmp_path):
-    header = HEADERS[case]
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
-    with pytest.raises(CheckpointError, match=r"tensor w|header") as caught:
-        check_safetensors(file)
-    assert str(file) in str(caught.value)
+@given(data=st.data(), damage=st.sampled_from([truncate, drop, rename, reshape, swap, twice]))
+def test_damage_is_refused_by_name(cut, tmp_path_factory, data, damage):
+    folder = shutil.copytree(cut, tmp_path_factory.mktemp("damaged") / "model")
+    shapes = {
+        name: tuple(t.shape) for file in check_safetensors(folder) for name, t in load_file(file).items()
+    }
+    name = data.draw(st.sampled_from(sorted(shapes)), label="tensor")
+    others = sorted(other for other, shape in shapes.items() if shape != shapes[name])
+    message = damage(folder, name, data.draw(st.sampled_from(others), label="other"), data.draw)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
 
 
-def test_smallest_good_file(tmp_path):
-    save_file({"scalar": torch.tensor(1.0), "empty": torch.empty(0, 3)}, tmp_path / "a.safetensors")
-    assert len(check_safetensors(tmp_path)) == 1
+def test_a_conversion_that_does_not_fit_is_refused_by_name(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING["inkling2_text"])).save_pretrained(tmp_path)
+    name = next(name for name in load_file(tmp_path / "model.safetensors") if name.endswith("w13_weight"))
+    edit(tmp_path, lambda tensors: tensors.update({name: tensors[name][:, :-2].contiguous()}))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: put together to .*gate_up_proj of shape"):
+        load(tmp_path, install=False)
+    edit(tmp_path, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(name)}: cannot be put together to .*gate_up_proj"
+    ):
+        load(tmp_path, install=False)
 
 
 def test_missing_shard(sharded):
@@ -191,13 +444,6 @@ def test_tensor_not_in_its_shard(sharded):
         load(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"w": []}}'])
-def test_bad_index(text, sharded):
-    (sharded / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"index\.json: not an index"):
-        check_safetensors(sharded)
-
-
 def cut_lm_head(tensors):
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].contiguous()
 
@@ -211,14 +457,46 @@ def drop_last_experts(tensors):
         del tensors[name]
 
 
+def one_expert_more(tensors):
+    for name in [name for name in tensors if "1.block_sparse_moe.experts.7." in name]:
+        tensors[name.replace("experts.7", "experts.8")] = tensors[name].clone()
+
+
+def no_gates(tensors):
+    for name in [name for name in tensors if re.search(r"layers\.1\..*\.w1\.", name)]:
+        del tensors[name]
+
+
+def fused_beside(tensors):
+    tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 64, 96)
+
+
+def one_layer_more(tensors):
+    for name in [name for name in tensors if "layers.1." in name]:
+        tensors[name.replace("layers.1", "layers.2")] = tensors[name].clone()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda tensors: tensors.pop("lm_head.weight"), "not in the checkpoint: lm_head.weight"),
         (lambda tensors: tensors.pop(EXPERT + "w1.weight"), f"no tensor {EXPERT}w1.weight"),
-        (cut_lm_head, "another shape.*lm_head.weight"),
-        (cut_expert, "do not fit config.json"),
-        (drop_last_experts, "another shape.*experts"),
+        (
+            cut_lm_head,
+            r"model\.safetensors: tensor lm_head\.weight has shape \[100, 64\], wanted \[128, 64\]",
+        ),
+        (cut_expert, rf"{EXPERT}w1\.weight has shape \[50, 64\], wanted \[96, 64\] by config"),
+        (drop_last_experts, r"no tensor model\.layers\.\d\.block_sparse_moe\.experts\.7\.w\d\.weight in any"),
+        (one_expert_more, r"experts\.8\.w1\.weight is one of expert 8, but .*, wanted 0 to 7"),
+        (
+            no_gates,
+            r"0 tensors \*\.experts\.\*\.w1\.weight for model\.layers\.1\..*\.gate_up_proj, wanted 8",
+        ),
+        (fused_beside, r"would be model\.layers\.1\.mlp\.experts\.down_proj, which .*wanted one of them"),
+        (
+            one_layer_more,
+            r"tensor model\.layers\.2\..* is surplus: MixtralForCausalLM .* \(nor for \d+ others\)",
+        ),
     ],
 )
 def test_missing_or_misshapen_tensors(change, message, copy):
