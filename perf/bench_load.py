@@ -1,6 +1,6 @@
 """Loading a checkpoint: seconds and peak memory of `qllm_ops.models.load`, against `from_pretrained`.
 
-    python perf/bench_load.py [--gb 3] [--runs 5] [--folder FOLDER] [--out FILE]
+    python perf/bench_load.py [--gb 3] [--runs 5] [--out FILE]
 
 A random Mixtral-like checkpoint in shards, its experts one by one or fused, is loaded onto the CPU, as it is
 stored and into float32. Every load is a process of its own. Memory is the most that the process held
@@ -8,7 +8,8 @@ stored and into float32. Every load is a process of its own. Memory is the most 
 are a file's (sampled every 5 ms). Time is until every page of the weights was touched: from_pretrained
 maps a file and returns before it has read it, and a first request would wait for the rest; when it
 returned is kept too. "cold" means that the files were dropped from this machine's page cache before;
-what is beneath a virtual disk may still hold them.
+what is beneath a virtual disk may still hold them. A step is one forward pass of eight single tokens with
+the loaded model, transformers' own in both: it shows where the weights lie in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,9 +47,11 @@ def child(loader: str, folder: str, dtype_name: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.mixtral import modeling_mixtral  # noqa: F401
+    from transformers.utils.logging import disable_progress_bar
 
     from qllm_ops.models import load
 
+    disable_progress_bar()
     dtype = getattr(torch, dtype_name)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before, private_before = memory("VmRSS"), memory("RssAnon")
@@ -62,13 +66,27 @@ def child(loader: str, folder: str, dtype_name: str) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.detach().view(-1)[::page].sum()
         seconds = time.perf_counter() - start
+    peak = memory("VmHWM") - before
     return {
         "returned_s": returned,
         "seconds": seconds,
-        "peak_bytes": memory("VmHWM") - before,
+        "step_s": step_seconds(model),
+        "peak_bytes": peak,
         "private_bytes": private.most - private_before,
         "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
     }
+
+
+def step_seconds(model, steps: int = 9) -> float:
+    import torch
+
+    ids, times = torch.arange(8).view(8, 1), []
+    with torch.inference_mode():
+        for _ in range(steps):
+            start = time.perf_counter()
+            model(ids, use_cache=False)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def memory(field: str) -> int:
@@ -111,7 +129,9 @@ def in_child(*arguments: str) -> dict[str, Any]:
 def write_checkpoint(folder: str, layout: str, layers: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     sizes = {
         "num_attention_heads": 16,
         "num_key_value_heads": 4,
@@ -164,11 +184,14 @@ def measure(folder: Path, dtype: str, cache: str, runs: int) -> dict[str, Any]:
             (drop_from_cache if cache == "cold" else read_all)(folder)
             caches.append(cached(folder))
             found[loader].append(in_child(loader, str(folder), dtype))
+
+    def ratio(name: str) -> dict[str, float]:
+        return spread(theirs[name] / ours[name] for ours, theirs in zip(*found.values(), strict=True))
+
     return {
         "cached": spread(caches),
-        "ratio": spread(
-            theirs["seconds"] / ours["seconds"] for ours, theirs in zip(*found.values(), strict=True)
-        ),
+        "ratio": ratio("seconds"),
+        "step_ratio": ratio("step_s"),
         **{
             loader: {name: spread(run[name] for run in ran) for name in ran[0]}
             for loader, ran in found.items()
@@ -182,7 +205,6 @@ def main() -> None:
     )
     parser.add_argument("--gb", type=float, default=3.0, help="size of the checkpoint")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", help="where the checkpoints are written; by default a temporary folder")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -197,7 +219,7 @@ def main() -> None:
     layers, rows, model = max(1, round(args.gb * 1e9 / LAYER_BYTES)), [], {}
     load_before = os.getloadavg()
     for layout in LAYOUTS:
-        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        with tempfile.TemporaryDirectory() as name:
             model = in_child("write", name, layout, str(layers))
             for dtype, cache in CASES:
                 row = {"layout": layout, "dtype": dtype, "cache": cache}
@@ -218,7 +240,9 @@ def line(row: dict[str, Any]) -> str:
             run[name]["p50"] / run["model_bytes"]["p50"] for name in ("peak_bytes", "private_bytes")
         )
         cells.append(f"{loader} {run['seconds']['p50']:.2f} s, peak {peak:.2f}x ({private:.2f}x private)")
-    return " ".join(cells) + f" {row['ratio']['p50']:.2f} times as fast"
+    return " ".join(cells) + (
+        f"; {row['ratio']['p50']:.2f} times as fast, steps {row['step_ratio']['p50']:.2f} times"
+    )
 
 
 if __name__ == "__main__":
