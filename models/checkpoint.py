@@ -52,7 +52,10 @@ from .shards import CheckpointError, StoredTensor, check_safetensors, split_at_e
 __all__ = ["CheckpointError", "check_safetensors", "load"]
 
 PIECE_BYTES = 16 * 2**20
-"""What a thread reads at a time: the most that a conversion or a copy to a GPU keeps beside the model."""
+"""What a thread takes at a time."""
+
+BUFFER_BYTES = 2**20
+"""What it reads at a time for a conversion or a copy to a GPU: it stays in a core's cache."""
 
 READERS = 4
 """Threads that read: enough for a disk's queue, and no more than transformers uses."""
@@ -72,8 +75,8 @@ def load(
     """Load a causal language model from a local folder, in eval mode. Nothing is ever downloaded.
 
     The model is the one that transformers' `from_pretrained` gives, bit by bit. Beside it, memory holds
-    16 MiB per thread that reads, or, where transformers' tables ask for more than stacking
-    experts, the stored tensors of one tensor of the model.
+    1 MiB per thread that reads, or, where transformers' tables ask for more than stacking
+    experts, the stored tensors of one tensor of the model. Quantised weights are left to transformers.
 
     Args:
         path: folder with config.json and *.safetensors, the experts one by one or fused.
@@ -247,9 +250,9 @@ def _check_experts(path: Path, target: _Target, pattern: str, num_experts: int) 
                 f"{tensor} is one of expert {name[1]}, but {target.name} has {num_experts} experts by "
                 f"config.json, wanted 0 to {num_experts - 1}"
             )
-    for expert in range(num_experts):
-        if names and all(names) and expert not in {number for _, number, _ in names}:
-            before, _, after = names[0]
+    if names and all(names):
+        before, _, after = names[0]
+        for expert in sorted(set(range(num_experts)) - {number for _, number, _ in names}):
             raise CheckpointError(f"{path}: no tensor {before}{expert}{after} in any file for {target.name}")
     if len(tensors) != num_experts:
         raise CheckpointError(
@@ -315,8 +318,9 @@ def _without_weights(
     """
     if config.sub_configs.get("text_config") is model_class.config_class:  # as the Auto classes do
         config = config.get_text_config()
-    # In the order of the files, because the first tensor decides where config.json names no dtype.
-    headers = {tensor.name: _Header(tensor) for tensor in stored.values()}
+    # By file and name: where config.json names no dtype, that of the first tensor in this order counts.
+    in_order = sorted(stored.values(), key=lambda tensor: (str(tensor.file), tensor.name))
+    headers = {tensor.name: _Header(tensor) for tensor in in_order}
     try:
         with _no_progress_of_transformers():
             model, info = model_class.from_pretrained(
@@ -381,7 +385,9 @@ def _fill(
     with _Reader(sum(tensor.nbytes for tensor in stored), device, progress) as reader:
         reader.read(straight)
         for target in worked_on:
-            values = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in target.stored]
+            values = [
+                torch.empty(tensor.shape, dtype=dtypes[tensor.name], device="cpu") for tensor in target.stored
+            ]
             reader.read(zip(target.stored, values, strict=True))
             made = target.convert(model, values)
             del values
@@ -431,9 +437,11 @@ class _Reader:
         return len(target) * tensor.dtype.itemsize
 
     def _buffer(self) -> torch.Tensor:
-        """This thread's own; the allocator would keep several of those that are made anew for every piece."""
+        """This thread's own; of those made anew for every piece the allocator would keep several."""
         if not hasattr(self.own, "buffer"):
-            self.own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self.pinned)
+            self.own.buffer = torch.empty(
+                BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self.pinned
+            )
         return self.own.buffer
 
 

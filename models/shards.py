@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -47,9 +48,9 @@ TORCH = {
 """What torch calls those dtypes that a model in memory has."""
 
 
-SERIAL = 2**14
+SERIAL = 2**15
 """torch converts so few elements in the calling thread. Several readers that each woke a team of OpenMP
-threads took several times as long on two cores."""
+threads took five times as long on two cores that others used too."""
 
 
 class CheckpointError(ValueError):
@@ -89,25 +90,31 @@ class StoredTensor:
 
         Args:
             target: one-dimensional and contiguous.
-            buffer: bytes (uint8) on the CPU that the elements fit in, for a target of another dtype or
-                on another device. None: they go straight into the target.
+            buffer: bytes (uint8) on the CPU, for a target of another dtype or on another device: as many
+                elements as it takes are read and converted at a time. None: they go straight into the target.
         """
-        nbytes = len(target) * self.dtype.itemsize
-        stored = target if buffer is None else buffer[:nbytes].view(self.dtype)
-        left = memoryview(stored.view(torch.uint8).numpy())
+        at_once = len(target) if buffer is None else len(buffer) // self.dtype.itemsize
         # Not a mapping: its pages would count as this process's memory beside the weights.
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin + start * self.dtype.itemsize)
-            while left:
-                count = stream.readinto(left)
-                if not count:
-                    raise CheckpointError(f"{self} ends {len(left)} bytes too early: the file has changed")
-                left = left[count:]
-        if target.device.type != "cpu":
-            target.copy_(stored)
-        elif buffer is not None:
-            for part, values in zip(target.split(SERIAL), stored.split(SERIAL), strict=True):
-                part.copy_(values)
+            for part in target.split(max(1, at_once)):
+                stored = (
+                    part if buffer is None else buffer[: len(part) * self.dtype.itemsize].view(self.dtype)
+                )
+                self._read_bytes(stream, stored)
+                if part.device.type != "cpu":
+                    part.copy_(stored)
+                elif buffer is not None:
+                    for few, values in zip(part.split(SERIAL), stored.split(SERIAL), strict=True):
+                        few.copy_(values)
+
+    def _read_bytes(self, stream: BinaryIO, stored: torch.Tensor) -> None:
+        left = memoryview(stored.view(torch.uint8).numpy())
+        while left:
+            count = stream.readinto(left)
+            if not count:
+                raise CheckpointError(f"{self} ends {len(left)} bytes too early: the file has changed")
+            left = left[count:]
 
 
 def check_safetensors(path: str | Path) -> tuple[Path, ...]:

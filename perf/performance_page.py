@@ -190,6 +190,43 @@ def bench_engine(result: Result) -> Iterator[str]:
     )
 
 
+def bench_load(result: Result) -> Iterator[str]:
+    document = result.document
+    model, before, after = document["model"], *document["meta"]["load_average"].values()
+    stored = document["rows"][0]["qllm"]["model_bytes"]["p50"]
+    runs = document["args"]["runs"]
+    sizes = f"H {model['hidden_size']}, I {model['intermediate_size']}, {model['num_local_experts']} experts"
+    yield f"Mixtral, {model['layers']} layers, {sizes}: {stored / 1e9:.2f} GB in bfloat16, of which a layer's"
+    yield f"experts are {model['layer_bytes'] / 1e9:.2f} GB. Medians (quartiles) of {runs} runs."
+    yield f"Load average of the machine (1 min): {before[0]:.1f} before, {after[0]:.1f} after."
+    yield ""
+    head = ("on disk", "in memory", "file cache")
+    times = ("qllm, s", "from_pretrained, s", "returned after", "times faster")
+    memory = ("qllm: beside the model, GB", "from_pretrained", "of it private", "a step, times faster")
+    yield from table((*head, *times, *memory), map(_load_cells, document["rows"]))
+
+
+def _load_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    ours, theirs = row["qllm"], row["from_pretrained"]
+
+    def beside(run: dict[str, Any], what: str = "peak_bytes") -> str:
+        return f"{(run[what]['p50'] - run['model_bytes']['p50']) / 1e9:+.2f}"
+
+    return (
+        row["layout"],
+        row["dtype"],
+        f"{row['cache']}, {row['cached']['p50'] * 100:.0f} %",
+        quartiles(ours["seconds"], ".2f"),
+        quartiles(theirs["seconds"], ".2f"),
+        f"{theirs['returned_s']['p50']:.2f}",
+        quartiles(row["ratio"], ".2f"),
+        beside(ours),
+        beside(theirs),
+        beside(theirs, "private_bytes"),
+        quartiles(row["step_ratio"], ".2f"),
+    )
+
+
 WRITERS = {
     "bench_moe": (
         "One layer on a GPU",
@@ -219,6 +256,16 @@ launch is over, polling, speed, and requests of both classes under every policy.
 `python perf/bench_engine.py`: throughput without preemption, against transformers' `generate` on the same
 batch, with the same experts kernels.""",
         bench_engine,
+    ),
+    "bench_load": (
+        "Loading a checkpoint",
+        """\
+`python perf/bench_load.py`: `qllm_ops.models.load` against transformers' `from_pretrained`, onto the CPU,
+each load in a process of its own. Time is until every page of the weights was touched; from_pretrained maps
+what needs no work and returns before that is read. Memory is the most that the process held at once, less the
+weights that it ended with: negative where those are a file's pages. The goal is a layer's experts beside the
+model at the most. A step is a forward pass of eight tokens, on transformers' own experts in both.""",
+        bench_load,
     ),
 }
 """Kind of a result, which its file's name begins with -> title, what it is, and what writes it."""

@@ -211,8 +211,8 @@ def checkpoints(draw):
     return model, draw(st.booleans()), draw(st.randoms(use_true_random=False)), draw(st.none() | dtypes)
 
 
-@given(checkpoint=checkpoints(), piece=st.sampled_from([64, 1000, 2**20]))
-def test_any_cut_into_shards(checkpoint, piece, tmp_path_factory):
+@given(checkpoint=checkpoints(), piece=st.sampled_from([64, 1000, 2**20]), buffers=st.integers(1, 9))
+def test_any_cut_into_shards(checkpoint, piece, buffers, tmp_path_factory):
     model, fused, random, dtype = checkpoint
     folder = tmp_path_factory.mktemp("shards")
     model.save_pretrained(folder, save_original_format=not fused)
@@ -222,6 +222,7 @@ def test_any_cut_into_shards(checkpoint, piece, tmp_path_factory):
     shuffle_into_shards(tensors, folder, random)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint_module, "PIECE_BYTES", piece)
+        patch.setattr(checkpoint_module, "BUFFER_BYTES", max(8, piece // buffers))
         got = load(folder, dtype=dtype, install=False)
     assert_same(got, theirs(folder, dtype))
     for name, tensor in model.state_dict().items():  # and that is the model which was saved
@@ -267,6 +268,8 @@ def test_the_first_tensor_says_the_dtype_where_the_config_does_not(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
+    # The first by name, not by place in the file: there the widest come first.
+    edit(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}))
     model = load(tmp_path, install=False)
     assert model.dtype == torch.bfloat16
     assert_same(model, theirs(tmp_path))

@@ -21,7 +21,7 @@ def test_the_page_is_up_to_date():
 def test_without_results_it_states_the_goals_and_claims_nothing():
     text = page([])
     assert text.count("| not measured yet |") == 10
-    assert text.count("**Not measured yet.**") == 3
+    assert text.count("**Not measured yet.**") == 4
     assert "<= 30 us" in text
 
 
@@ -93,6 +93,38 @@ def test_a_result_of_gpu_check():
     text = page([Result(Path("gpu_check-h200-2026-12-01.json"), document)])
     for part in ("for a test", "NOT PASSED", "torch 2.13.0", "commit abc"):
         assert part in text
+
+
+def test_a_result_of_bench_load():
+    def loaded(seconds: float, peak: float) -> dict:
+        sizes = {"model_bytes": spread(3e9), "peak_bytes": spread(peak), "private_bytes": spread(peak - 1e9)}
+        return {"seconds": spread(seconds), "returned_s": spread(seconds / 2), **sizes}
+
+    row = {
+        **{"layout": "one by one", "dtype": "bfloat16", "cache": "warm", "cached": spread(1.0)},
+        **{"qllm": loaded(1.0, 3.1e9), "from_pretrained": loaded(2.0, 5.5e9)},
+        **{"ratio": spread(2.0), "step_ratio": spread(1.0)},
+    }
+    meta = {
+        **{"device": "a CPU", "date": "2026-12-01", "command": "bench_load.py"},
+        **{"versions": {"torch": "2.13.0"}, "load_average": {"before": [0.5, 1, 1], "after": [2.5, 1, 1]}},
+    }
+    model = {
+        "layers": 8,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "layer_bytes": 4e8,
+    }
+    document = {"meta": meta, "args": {"runs": 5}, "model": model, "rows": [row]}
+    text = page([Result(Path("bench_load-a-cpu-2026-12-01.json"), document)])
+    assert (
+        "3.00 GB in bfloat16, of which a layer's\nexperts are 0.40 GB. Medians (quartiles) of 5 runs" in text
+    )
+    assert "(1 min): 0.5 before, 2.5 after" in text
+    times = "1.00 (0.90-1.10) | 2.00 (1.80-2.20) | 1.00 | 2.00 (1.80-2.20)"
+    memory = "+0.10 | +2.50 | +1.50 | 1.00 (0.90-1.10)"
+    assert f"| one by one | bfloat16 | warm, 100 % | {times} | {memory} |" in text
 
 
 def test_the_newest_comes_first_and_unknown_files_are_refused(tmp_path):
