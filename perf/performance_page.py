@@ -198,7 +198,8 @@ def bench_load(result: Result) -> Iterator[str]:
     sizes = f"H {model['hidden_size']}, I {model['intermediate_size']}, {model['num_local_experts']} experts"
     yield f"Mixtral, {model['layers']} layers, {sizes}: {stored / 1e9:.2f} GB in bfloat16, of which a layer's"
     yield f"experts are {model['layer_bytes'] / 1e9:.2f} GB. Medians (quartiles) of {runs} runs."
-    yield f"Load average of the machine (1 min): {before[0]:.1f} before, {after[0]:.1f} after."
+    threads = f"torch_threads: {document['meta']['torch_threads']}"
+    yield f"{threads}. Load average of the machine (1 min): {before[0]:.1f} before, {after[0]:.1f} after."
     yield ""
     head = ("on disk", "in memory", "file cache")
     times = ("qllm, s", "from_pretrained, s", "returned after", "times faster")

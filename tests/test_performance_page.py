@@ -106,7 +106,7 @@ def test_a_result_of_bench_load():
         **{"ratio": spread(2.0), "step_ratio": spread(1.0)},
     }
     meta = {
-        **{"device": "a CPU", "date": "2026-12-01", "command": "bench_load.py"},
+        **{"device": "a CPU", "date": "2026-12-01", "command": "bench_load.py", "torch_threads": 1},
         **{"versions": {"torch": "2.13.0"}, "load_average": {"before": [0.5, 1, 1], "after": [2.5, 1, 1]}},
     }
     model = {
@@ -121,7 +121,7 @@ def test_a_result_of_bench_load():
     assert (
         "3.00 GB in bfloat16, of which a layer's\nexperts are 0.40 GB. Medians (quartiles) of 5 runs" in text
     )
-    assert "(1 min): 0.5 before, 2.5 after" in text
+    assert "torch_threads: 1. Load average of the machine (1 min): 0.5 before, 2.5 after" in text
     times = "1.00 (0.90-1.10) | 2.00 (1.80-2.20) | 1.00 | 2.00 (1.80-2.20)"
     memory = "+0.10 | +2.50 | +1.50 | 1.00 (0.90-1.10)"
     assert f"| one by one | bfloat16 | warm, 100 % | {times} | {memory} |" in text
