@@ -375,11 +375,10 @@ def reshape(folder, name, other, draw):
 
 def swap(folder, name, other, draw):
     """Two tensors of different shapes under each other's name."""
+    kept = {key: of_shard(folder, key)[1][key] for key in (name, other)}
     for one, two in ((name, other), (other, name)):
         file, tensors = of_shard(folder, one)
-        tensors[one] = of_shard(folder, two)[1][two] if one == name else swap.kept
-        swap.kept = of_shard(folder, one)[1][one]
-        save_file(tensors, file)
+        save_file({**tensors, one: kept[two]}, file)
     return rf"tensor ({re.escape(name)}|{re.escape(other)}) has shape"
 
 
