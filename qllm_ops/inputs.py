@@ -37,6 +37,7 @@ class MoeInputs:
     expert_norm: Callable[[Tensor], Tensor] | None = None
     batch_invariant: bool = False
     max_exit_us: float = EXIT_US
+    weights_on_input: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +81,7 @@ def check_inputs(
     expert_norm: Callable[[Tensor], Tensor] | None = None,
     batch_invariant: bool = False,
     max_exit_us: float = EXIT_US,
+    weights_on_input: bool = False,
 ) -> MoeInputs:
     """Refuse what `moe` cannot compute, and return the rest in the form that the backends read.
 
@@ -95,7 +97,8 @@ def check_inputs(
             or the activation is unknown.
     """
     switches = {"gated": gated, "interleaved": interleaved, "transposed": transposed}
-    for name, value in {**switches, "batch_invariant": batch_invariant}.items():
+    switches |= {"batch_invariant": batch_invariant, "weights_on_input": weights_on_input}
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if interleaved and not gated:
@@ -133,6 +136,7 @@ def check_inputs(
         expert_norm,
         batch_invariant,
         max_exit_us,
+        weights_on_input,
     )
     _check_shapes(inputs, layouts)
     for name, tensor in tensors.items():

@@ -36,6 +36,7 @@ def moe(
     interleaved: bool = False,
     transposed: bool = False,
     expert_norm: Callable[[Tensor], Tensor] | None = None,
+    weights_on_input: bool = False,
     batch_invariant: bool = False,
     max_exit_us: float = EXIT_US,
     flag: PriorityFlag | None = None,
@@ -69,6 +70,8 @@ def moe(
         transposed: the weights are (E, H, 2I) and (E, I, H) (gpt-oss).
         expert_norm: a function from (rows, H) to (rows, H), on float32, applied to each expert's output
             before it is weighted. Not fused; it must treat every row alike.
+        weights_on_input: True: top_k_weights multiply what goes into the first product, before its bias, and
+            the sum over k has no weights (Llama 4).
         batch_invariant: True: a token's output bits depend on that token, its routing and the weights
             only, and on no other token of the batch. The tiles are then the same for every T, which
             costs speed where others would be better. Triton backend only; functions of yours must keep
@@ -93,7 +96,7 @@ def moe(
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     if torch.compiler.is_compiling() and isinstance(activation, (str, Activation)) and expert_norm is None:
-        biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed)
+        biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed, weights_on_input)
         return traced(
             tensors, biases, activation, layout, (batch_invariant, max_exit_us), flag, priority, backend
         )
@@ -110,6 +113,7 @@ def moe(
         interleaved=interleaved,
         transposed=transposed,
         expert_norm=expert_norm,
+        weights_on_input=weights_on_input,
         batch_invariant=batch_invariant,
         max_exit_us=max_exit_us,
     )
@@ -276,7 +280,10 @@ def moe_reference(
             first, second = x.gate_up_proj[e].float(), x.down_proj[e].float()
             if x.transposed:
                 first, second = first.T, second.T
+            weight = x.top_k_weights[t, k].float()
             gate_up = first @ x.hidden_states[t].float()
+            if x.weights_on_input:
+                gate_up, weight = gate_up * weight, 1.0
             if x.gate_up_bias is not None:
                 gate_up += x.gate_up_bias[e].float()
             if not isinstance(x.activation, Activation):
@@ -292,7 +299,7 @@ def moe_reference(
                 down += x.down_bias[e].float()
             if x.expert_norm is not None:
                 down = x.expert_norm(down[None])[0]
-            output[t] += x.top_k_weights[t, k].float() * down
+            output[t] += weight * down
     return output.to(hidden_states.dtype)
 
 

@@ -97,6 +97,7 @@ class MoeCase:
     layout: str = "concatenated"
     biases: bool = False
     expert_norm: Callable[[Tensor], Tensor] | None = None
+    weights_on_input: bool = False
     routing: str = "distinct"
     index_dtype: torch.dtype = torch.int64
     weights_dtype: torch.dtype = torch.float32
@@ -129,6 +130,8 @@ class MoeCase:
             tensors |= {"gate_up_bias": normal(e, columns), "down_bias": normal(e, h)}
         if self.expert_norm is not None:
             tensors["expert_norm"] = self.expert_norm
+        if self.weights_on_input:
+            tensors["weights_on_input"] = True
         return tensors
 
     def _index(self, draw: torch.Generator) -> Tensor:
@@ -172,6 +175,7 @@ def moe_cases(
         layout=layout,
         biases=draw(st.booleans()),
         expert_norm=draw(st.sampled_from((None, None, own_norm))),
+        weights_on_input=draw(st.booleans()),
         routing=routing,
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
         weights_dtype=draw(st.sampled_from(DTYPES)),

@@ -143,6 +143,8 @@ class TorchMoe:
             skipped = (experts < 0) | (experts >= x.num_experts)
             slot.masked_fill_(skipped, pair.numel())
             weights = weights.masked_fill(skipped, 0)
+        if x.weights_on_input:  # one for each row of the first product, and none later
+            self._scale, weights = weights[pair, None], torch.ones_like(weights)
         self._slot, self._weights = slot, weights
         self._pair_out = self._new(pair.numel() + skips, x.hidden_size)
         if skips:
@@ -169,6 +171,8 @@ class TorchMoe:
         """One group from hidden states to activation(gate) * up, in `_gated`."""
         start, stop = group[0][1], group[-1][2]
         x = self.inputs.hidden_states.index_select(0, self._token[start:stop]).float()
+        if self.inputs.weights_on_input:
+            x.mul_(self._scale[start:stop])  # a copy of the rows, so no argument changes
         out = self._gate_up[: stop - start]
         gate_up = self._multiply(x, self._right[0], self.inputs.gate_up_bias, group, out)
         activate(gate_up, self.inputs, self._gated[: stop - start])

@@ -283,6 +283,7 @@ class TritonMoe:
             self._order = torch.empty(self._pairs, dtype=torch.int64, device=self.device)
         else:
             experts, self._order = torch.sort(x.top_k_index.view(-1), stable=True)
+        self._weights_of_sum = torch.ones_like(x.top_k_weights) if x.weights_on_input else x.top_k_weights
         row_blocks = ceil_div(x.num_tokens, tiles["combine"].block_m)
         chunks = (self._width, self._phases[-1].size)  # any but the last, and the last
         self._block_e = max(16, next_power_of_2(x.num_experts + 1))
@@ -340,6 +341,8 @@ class TritonMoe:
             kernels.gate_up[self._grid(phase)](
                 x.hidden_states,
                 x.gate_up_proj,
+                scale_ptr=x.top_k_weights,
+                SCALED=x.weights_on_input,
                 intermediate_ptr=self._intermediate,
                 top_k=x.top_k,
                 weight_rows=x.gate_up_size,
@@ -364,7 +367,7 @@ class TritonMoe:
             kernels.combine[self._grid(phase)](
                 self._partial,
                 x.top_k_index,
-                x.top_k_weights,
+                self._weights_of_sum,
                 self._output,
                 num_tokens=x.num_tokens,
                 TOP_K=x.top_k,

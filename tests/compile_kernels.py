@@ -35,7 +35,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 PLAIN = {
     "ALPHA": 1.0, "LIMIT": None, "UP_OFFSET": 0.0, "PAIRS": "halves", "MASKED": False, "HAS_BIAS": False,
-    "row_stride": None, "k_stride": 1,
+    "SCALED": False, "row_stride": None, "k_stride": 1,
 }  # fmt: skip
 LAYOUTS = {
     "plain": PLAIN,
@@ -46,6 +46,7 @@ LAYOUTS = {
     },
     # The same, with gate and up in halves; no tile goes past the last row.
     "aria": {**PLAIN, "PAIRS": "blocks", "row_stride": 1, "k_stride": None},
+    "llama4": {**PLAIN, "PAIRS": "blocks", "row_stride": 1, "k_stride": None, "SCALED": True},
     "ungated": {**PLAIN, "PAIRS": "none"},
 }  # fmt: skip
 
@@ -56,7 +57,7 @@ ARGUMENTS = {
     ),
     **dict.fromkeys(("order_ptr", "experts_ptr", "index_ptr"), "*i64"),
     **dict.fromkeys(("state_ptr", "flag_ptr"), "*i32"),
-    "weights_ptr": "*fp32",
+    **dict.fromkeys(("weights_ptr", "scale_ptr"), "*fp32"),
     **dict.fromkeys(
         ("share", "quantum", "phase", "num_phases", "num_pairs", "num_tokens", "num_experts", "top_k"), "i32"
     ),

@@ -50,6 +50,7 @@ def requests(arch: str) -> list[dict]:
                 if phase == "gate_up":
                     chosen += [{**base, "config": asdict(config), "layout": "aria"} for config in configs]
                     chosen += [{**largest, "activation": name} for name in ("gelu", "gelu_tanh")]
+                    chosen.append({**largest, "layout": "llama4"})
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
     routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
     return [*chosen, *routes]

@@ -72,6 +72,7 @@ BAD = [
     ("max_exit_us", -1.0, ValueError, ["positive", "-1.0"]),
     ("max_exit_us", None, ValueError, ["positive", "None"]),
     ("batch_invariant", 1, TypeError, ["True or False", "1"]),
+    ("weights_on_input", 0, TypeError, ["True or False", "0"]),
     ("expert_norm", 1, TypeError, ["function", "int"]),
     *(
         (name, torch.zeros(shape, dtype=dtype, device="meta"), ValueError, ["meta", "cpu"])

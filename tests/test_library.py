@@ -114,15 +114,15 @@ def arguments(case, flag=-1, priority=0, backend="torch"):
         *(given[name] for name in five), given.get("gate_up_bias"), given.get("down_bias"),
         case.activation, 1.0, None, 0.0,
         given.get("gated", True), given.get("interleaved", False), given.get("transposed", False),
-        False, 30.0, flag, priority, backend,
+        case.weights_on_input, False, 30.0, flag, priority, backend,
     )  # fmt: skip
 
 
 @settings(max_examples=5, deadline=None)
-@given(st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.integers(0, 40))
-def test_opcheck(layout, biases, tokens):
+@given(st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.booleans(), st.integers(0, 40))
+def test_opcheck(layout, biases, on_input, tokens):
     flag = PriorityFlag()
-    case = MoeCase(tokens, 16, 12, 4, 2, layout=layout, biases=biases)
+    case = MoeCase(tokens, 16, 12, 4, 2, layout=layout, biases=biases, weights_on_input=on_input)
     torch.library.opcheck(torch.ops.qllm_ops.moe.default, arguments(case, flag.number))
 
 

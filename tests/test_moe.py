@@ -90,7 +90,7 @@ def test_every_layout(backend, layout, activation, expert_norm):
     for dtype, biases in ((torch.float32, True), (torch.bfloat16, False)):
         case = MoeCase(
             7, 18, 14, 3, 2, dtype=dtype, activation=activation, layout=layout, biases=biases,
-            expert_norm=expert_norm, routing="out_of_range",
+            expert_norm=expert_norm, routing="out_of_range", weights_on_input=biases,
         )  # fmt: skip
         with poisoned_empty():
             expected = moe(**case.tensors(), backend=backend)

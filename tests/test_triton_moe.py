@@ -61,6 +61,7 @@ def poisoned_memory():
 def layer(
     tokens=5, hidden=16, intermediate=13, experts=3, top_k=2, *, dtype=torch.float32, activation="silu",
     routing="any", index_dtype=torch.int64, seed=0, layout="concatenated", biases=False, expert_norm=None,
+    weights_on_input=False,
 ) -> MoeInputs:  # fmt: skip
     """A layer of random numbers. ``routing`` is "any" (skipped pairs too), "one" expert, or "all" of them."""
     case = MoeCase(
@@ -82,6 +83,7 @@ def layer(
         top_k_weights=torch.rand(tokens, top_k, generator=g),
         activation=activation,
         expert_norm=expert_norm,
+        weights_on_input=weights_on_input,
         **weights,
         **LAYOUTS[layout],
     )
@@ -103,6 +105,7 @@ def layers(draw, fused: bool = False) -> MoeInputs:
         routing=draw(st.sampled_from(("any", "any", "one", "all"))),
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32, torch.uint8))),
         seed=draw(st.integers(0, 2**16)),
+        weights_on_input=draw(st.booleans()),
     )  # fmt: skip
 
 

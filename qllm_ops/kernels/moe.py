@@ -412,6 +412,7 @@ def gate_up(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
     bias_ptr,  # (E, R)
+    scale_ptr,  # (T, K): what multiplies the sums of each pair, if SCALED
     intermediate_ptr,  # (P, I)
     order_ptr,  # (P,) int64
     state_ptr,
@@ -433,6 +434,7 @@ def gate_up(
     PAIRS: tl.constexpr,
     MASKED: tl.constexpr,  # rows of weights are contiguous (k_stride is not 1), and R no multiple of a tile's
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_FLAG: tl.constexpr,
     EVEN: tl.constexpr,  # hidden_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
@@ -478,6 +480,9 @@ def gate_up(
             k_stride, inside, 0, hidden_size, flag_ptr,
             MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
+        if SCALED:
+            scale = tl.load(scale_ptr + tl.load(order_ptr + rows, mask=rows < stop, other=0))
+            sums *= scale.to(tl.float32)[:, None]
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert.to(tl.int64) * weight_rows + weights, mask=inside, other=0.0)
             sums += bias.to(tl.float32)[None, :]
