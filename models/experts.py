@@ -292,6 +292,7 @@ class ExpertsLayout:
     Attributes:
         activation: what the kernels compute; None: the module's own method, unfused.
         act_fn: the one that the activation was found for.
+        stored: where an adapted class keeps its two weights; None: under the usual names.
     """
 
     activation: Activation | None
@@ -301,17 +302,19 @@ class ExpertsLayout:
     has_bias: bool
     has_norm: bool
     act_fn: Any
+    weights_on_input: bool = False
+    stored: Callable[[nn.Module], tuple[Tensor, Tensor]] | None = None
 
     @property
     def first(self) -> str:
         return "gate_up_proj" if self.gated else "up_proj"
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        return getattr(module, self.first), module.down_proj
+        return self.stored(module) if self.stored else (getattr(module, self.first), module.down_proj)
 
     def sizes(self, module: nn.Module) -> tuple[int, int, int]:
         """E, H and I."""
-        num_experts, rows, columns = module.down_proj.shape
+        num_experts, rows, columns = self.weights(module)[1].shape
         return (num_experts, columns, rows) if self.transposed else (num_experts, rows, columns)
 
     def options(self, module: nn.Module) -> dict[str, Any]:
@@ -325,6 +328,8 @@ class ExpertsLayout:
         if self.has_bias:
             options["gate_up_bias"] = getattr(module, self.first + "_bias")
             options["down_bias"] = module.down_proj_bias
+        if self.weights_on_input:
+            options["weights_on_input"] = True
         if self.has_norm:
             options["expert_norm"] = module.post_expert_norm
         return options
@@ -339,10 +344,25 @@ class ExpertsLayout:
         for said, word in (
             (not self.gated, "no gate"), (self.interleaved, "interleaved"), (self.transposed, "transposed"),
             (self.has_bias, "biases"), (self.has_norm, "a norm after each expert"),
+            (self.weights_on_input, "weights on the input"),
         ):  # fmt: skip
             words += [word] * said
         return ", ".join(words)
 
+
+ADAPTED: dict[str, Any] = {}
+"""Classes that transformers does not dispatch and `adapters` does, by name; filled there."""
+
+UNSUITED = {
+    "DogeCDMoE": "its experts are rows of two embeddings, found by product keys, and no matrices",
+    "NllbMoeExperts": "its forward takes the router's 0-1 mask for expert numbers, so that experts 0 and 1 "
+    "compute every token whatever was chosen",
+    "VitPoseBackboneMoeMLP": "an expert is one linear layer, chosen by the data set and not by a router",
+}
+"""MoE modules of transformers that are no experts of `moe`, and why."""
+
+OTHER = ("JetMoeMoA",)
+"""Modules with experts of attention projections: no MLP, computed by their own forward."""
 
 _layouts: weakref.WeakKeyDictionary[nn.Module, ExpertsLayout] = weakref.WeakKeyDictionary()
 
@@ -361,6 +381,10 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     layout = _layouts.get(module)
     if layout is not None and layout.act_fn is getattr(module, "act_fn", None):
         return layout
+    if type(module).__name__ in ADAPTED:
+        layout = _layouts[module] = ADAPTED[type(module).__name__].layout(module)
+        setattr(module, HANDLE, Handle(module))
+        return layout
     layout = ExpertsLayout(
         activation=None,
         gated=getattr(module, "has_gate", True),
@@ -372,7 +396,8 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     )
     reasons = _declared_differences(module, layout)
     if not reasons:
-        activation, interleaved = _find_activation(module, layout.gated)
+        gating = getattr(module, "_apply_gate", None) if layout.gated else layout.act_fn
+        activation, interleaved = find_activation(gating, module, layout.gated)
         layout = replace(layout, activation=activation, interleaved=interleaved)
         reasons = _observed_difference(module, layout)
     if reasons:
@@ -388,7 +413,8 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
 def _declared_differences(module: nn.Module, layout: ExpertsLayout) -> list[str]:
     """What the module's class and tensors say that `moe` does not do."""
     if not is_dispatched(module):
-        return ["transformers never asks an experts function for this class"]
+        name = type(module).__name__
+        return [UNSUITED.get(name, "transformers never asks an experts function for this class")]
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     projections = (layout.first, "down_proj")
     biases = [name + "_bias" for name in projections] if layout.has_bias else []
@@ -428,8 +454,10 @@ def _tensor_differences(name: str, tensor: Tensor | None, rank: int) -> list[str
     return []
 
 
-def _find_activation(module: nn.Module, gated: bool) -> tuple[Activation | None, bool]:
-    """The activation that the module's gating is, by trying it, and whether gate and up alternate.
+def find_activation(
+    gating: Callable[[Tensor], Tensor], module: nn.Module, gated: bool
+) -> tuple[Activation | None, bool]:
+    """The activation that a module's gating is, by trying it, and whether gate and up alternate.
 
     None if it is none that the kernels compute; then the module's own method is called.
     """
@@ -444,9 +472,9 @@ def _find_activation(module: nn.Module, gated: bool) -> tuple[Activation | None,
 
         def ask(gate: Tensor, up: Tensor, interleaved: bool = interleaved) -> Tensor:
             if not gated:
-                return module.act_fn(gate[None].to(device)).double().cpu()[0]
+                return gating(gate[None].to(device)).double().cpu()[0]
             both = torch.stack([gate, up], -1).flatten() if interleaved else torch.cat([gate, up])
-            return module._apply_gate(both[None].to(device)).double().cpu()[0]
+            return gating(both[None].to(device)).double().cpu()[0]
 
         try:
             with torch.no_grad():

@@ -12,10 +12,14 @@ from transformers import PreTrainedModel
 
 from qllm_ops import MoeRun, PriorityFlag
 
+from .adapters import adopt, give_back
 from .choices import Choice
 from .experts import (
+    ADAPTED,
     NAME,
+    OTHER,
     SETTINGS,
+    UNSUITED,
     ExpertsLayout,
     ExpertsSettings,
     Preemption,
@@ -30,7 +34,12 @@ from .rotary import isolate, restore
 
 @dataclass(frozen=True)
 class InstalledExperts:
-    """One experts module: where it is in the model, its sizes, and how it is computed."""
+    """One experts module: where it is in the model, its sizes, and how it is computed.
+
+    Attributes:
+        layout: its activation, and what is unusual about it.
+        fused: whether the kernels compute the activation; else a method of the module does, between them.
+    """
 
     name: str
     class_name: str
@@ -38,6 +47,7 @@ class InstalledExperts:
     hidden_size: int
     intermediate_size: int
     layout: str
+    fused: bool
     dtype: torch.dtype
     device: torch.device
     backend: str
@@ -73,7 +83,11 @@ def install(
     """Let :func:`qllm_ops.moe` compute every experts module of ``model``. All of them, or none.
 
     Runs one forward pass over two tokens, to see that every module is really reached: transformers
-    accepts an experts implementation for some architectures and then never calls it. Installing
+    accepts an experts implementation for some architectures and then never calls it. Experts that
+    transformers does not dispatch (Llama 4, DBRX and others) get a forward of `adapters`, after it was
+    compared with their own on a few tokens. Those that keep gate, up or each expert apart (DBRX, Switch) are
+    fused, one module at a time; `state_dict`, `load_state_dict` and `save_pretrained` go on with the names
+    and values of the class, through copies of the fused layers. `uninstall` undoes all of it. Installing
     again changes the flag, priority and backend. A copy of the model keeps the experts, not the flag.
     So that several threads can run the model, rotary embeddings that would change themselves while they
     run ("dynamic" and "longrope" scaling) keep no state between calls from then on.
@@ -93,18 +107,30 @@ def install(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     experts = find_experts(model)
-    modules = tuple(
-        _describe(name, module, layout, flag, priority, backend) for name, module, layout in experts
-    )
+    for name, module, _ in experts:
+        if next(module.parameters()).is_meta:
+            raise ValueError(
+                f"{name} has no weights in memory (meta device); load the model on one device first"
+            )
     settings = ExpertsSettings(Preemption(flag, priority), backend)
 
     before = {module: SETTINGS.get(module) for _, module, _ in experts}
     named, new = EXPERTS.read(model), EXPERTS.remember(model)
+    adopted: list[nn.Module] = []
     try:
-        model.set_experts_implementation(NAME)
+        if any(is_dispatched(module) for _, module, _ in experts):
+            model.set_experts_implementation(NAME)
+        for _, module, _ in experts:
+            if adopt(module):
+                adopted.append(module)
+        modules = tuple(
+            _describe(name, module, layout, flag, priority, backend) for name, module, layout in experts
+        )
         SETTINGS.update({module: settings for _, module, _ in experts})
         _prove_reached(model, experts)
     except BaseException:
+        for module in adopted:
+            give_back(module)
         EXPERTS.put_back(model) if new else EXPERTS.write(named)
         for module, old in before.items():
             SETTINGS.pop(module, None)
@@ -124,6 +150,7 @@ def uninstall(model: PreTrainedModel) -> bool:
         return False
     for module in model.modules():
         SETTINGS.pop(module, None)
+        give_back(module)
     restore(model)
     EXPERTS.put_back(model)
     return True
@@ -155,6 +182,9 @@ def find_experts(model: nn.Module) -> list[tuple[str, nn.Module, ExpertsLayout]]
     for name, module in model.named_modules():
         if outer is not None and name.startswith(outer + "."):
             continue
+        if type(module).__name__ in OTHER:
+            outer = name
+            continue
         if not is_dispatched(module) and not _looks_like_experts(module):
             continue
         outer = name
@@ -182,6 +212,8 @@ def _looks_like_experts(module: nn.Module) -> bool:
     Shared experts are ordinary MLPs beside the routed ones, and stay as they are.
     """
     name = type(module).__name__
+    if name in ADAPTED or name in UNSUITED:
+        return True
     if "Expert" not in name or "Shared" in name or next(module.parameters(), None) is None:
         return False
     return not any(is_dispatched(inner) for inner in module.modules())
@@ -199,9 +231,7 @@ def _describe(
     priority: int,
     backend: str,
 ) -> InstalledExperts:
-    down = module.down_proj
-    if down.is_meta:
-        raise ValueError(f"{name} has no weights in memory (meta device); load the model on one device first")
+    down = layout.weights(module)[1]
     num_experts, hidden_size, intermediate_size = layout.sizes(module)
     # A run over no tokens: the operator itself says whether it takes these weights, flag and backend.
     try:
@@ -224,6 +254,7 @@ def _describe(
         hidden_size,
         intermediate_size,
         str(layout),
+        layout.activation is not None,
         down.dtype,
         down.device,
         run.backend,
@@ -231,12 +262,19 @@ def _describe(
 
 
 def _prove_reached(model: PreTrainedModel, experts: list[tuple[str, nn.Module, ExpertsLayout]]) -> None:
-    """Run the model over two tokens and see that each experts module asks for our function."""
+    """Run the model over two tokens and see that each experts module asks for our function.
+
+    What text does not reach (the vision experts of Ernie 4.5 VL) must ask when its own block is called.
+    """
     device = model.get_input_embeddings().weight.device
     generators = [device] if device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(generators), preemptible(None), recorded_calls() as calls:
-            model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+            ids = {"input_ids": torch.tensor([[0, 1]], device=device)}
+            if model.config.is_encoder_decoder:
+                ids["decoder_input_ids"] = ids["input_ids"]
+            model(**ids, use_cache=False)
+            _call_blocks(model, [name for name, module, _ in experts if id(module) not in calls])
     except Exception as error:
         raise RuntimeError(
             f"{type(model).__name__} failed on a forward pass over two tokens, nothing was installed: "
@@ -248,3 +286,15 @@ def _prove_reached(model: PreTrainedModel, experts: list[tuple[str, nn.Module, E
             f"a forward pass of {type(model).__name__} never reaches {len(missed)} of its {len(experts)} "
             f"experts modules through transformers' experts interface: {_some(missed)}"
         )
+
+
+def _call_blocks(model: nn.Module, names: list[str]) -> None:
+    """Call the block around each of these experts modules on two tokens, if a block can be called so."""
+    for name in names:
+        experts = model.get_submodule(name)
+        block = model.get_submodule(name.rpartition(".")[0])
+        tensor = next(experts.parameters())
+        hidden_size = experts_layout(experts).sizes(experts)[1]
+        # A block that takes something else than hidden states proves nothing; its experts count as missed.
+        with contextlib.suppress(Exception):
+            block(torch.zeros(1, 2, hidden_size, dtype=tensor.dtype, device=tensor.device))

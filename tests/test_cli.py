@@ -219,7 +219,7 @@ BAD = {
     "model without config": (["replay", "--model", "{tmp}/empty"], ["{tmp}/empty", "config.json"]),
     "model cut off": (["replay", "--model", "{tmp}/cut"], ["{tmp}/cut/model.safetensors", "cut off"]),
     "model without experts": (["replay", "--model", "{tmp}/dense"], ["LlamaForCausalLM", "no MoE experts"]),
-    "model not supported": (["replay", "--model", "{tmp}/dbrx"], ["DbrxExperts", "never asks"]),
+    "model not supported": (["replay", "--model", "{tmp}/doge"], ["DogeCDMoE", "embeddings"]),
     "trace missing": (["replay", "--ls-trace", "{tmp}/none.csv"], ["{tmp}/none.csv", "No such file"]),
     "trace malformed": (["replay", "--be-trace", "{tmp}/bad.csv"], ["{tmp}/bad.csv:3:", "'many'"]),
     "trace empty": (["replay", "--be-trace", "{tmp}/empty.csv"], ["{tmp}/empty.csv", "no rows"]),
@@ -240,7 +240,7 @@ def bad_files(tmp_path_factory):
     cut = save_preset("tiny", folder / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     tiny_model("llama").save_pretrained(folder / "dense")
-    tiny_model("dbrx").save_pretrained(folder / "dbrx")
+    tiny_model("doge").save_pretrained(folder / "doge")
     write_trace(folder / "bad.csv", [(0, 8, 3), (1, "many", 3)])
     write_trace(folder / "empty.csv", [])
     return folder

@@ -610,10 +610,8 @@ def test_a_pass_that_stands_still_goes_by_the_flag_that_it_began_with(change):
 
 # -- refusals ------------------------------------------------------------------------------------------
 
-UNDISPATCHED = "transformers never asks an experts function for this class"
 REASONS = {
-    "llama4_text": [f"Llama4TextExperts: {UNDISPATCHED}"],
-    "dbrx": [f"DbrxExperts: {UNDISPATCHED}"],
+    "doge": ["DogeCDMoE: its experts are rows of two embeddings"],
     "llama": ["LlamaForCausalLM has no MoE experts"],
 }
 

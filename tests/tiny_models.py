@@ -65,15 +65,7 @@ OTHER_LAYOUTS = {
 """Architectures whose experts lie in another way than [gate; up] without biases."""
 
 REFUSED = {
-    "llama4_text": {**_SIZES, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 4},
-    "dbrx": {
-        "d_model": 64,
-        "n_heads": 4,
-        "n_layers": 2,
-        "vocab_size": 128,
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-    },
+    "doge": {**_SIZES, "intermediate_size": 48, "is_moe": True, "num_experts": 16},
     "llama": {**_SIZES, "intermediate_size": 96},
 }
 
