@@ -33,8 +33,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from qllm_ops import PriorityFlag
-from qllm_ops.models import UnsupportedExpertsError, install, preemptible
-from qllm_ops.models.experts import NAME, experts_forward, experts_layout
+from qllm_ops.models import UnsupportedExpertsError, install, preemptible, uninstall
+from qllm_ops.models.experts import ADAPTED, NAME, UNSUITED, experts_forward, experts_layout
+from qllm_ops.models.install import find_experts
 from qllm_ops.testing import flipping
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -72,10 +73,14 @@ class Row:
 _DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\s*\n(?:@.*\n)*class (\w+)", re.MULTILINE)
 _DECORATOR = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
 _BY_NAME = re.compile(r"^class (\w*Experts)\b", re.MULTILINE)
+_BLOCK = re.compile(r"^class (\w*M[oO][eE]\w*)\(nn\.Module\)", re.MULTILINE)
 
 
 def table() -> list[Row]:
-    """A row for each experts class that transformers dispatches, and for each that it does not."""
+    """A row for each experts class that transformers dispatches, and for each that it does not.
+
+    Where a module has no such class, each MoE block is one.
+    """
     rows = []
     for path in sorted(SOURCES.glob("*/modeling_*.py")):
         source = path.read_text(encoding="utf-8")
@@ -86,7 +91,7 @@ def table() -> list[Row]:
         rows += [Row(module, name, True) for name in decorated]
         # Shared experts are an ordinary MLP beside the routed ones.
         others = [name for name in _BY_NAME.findall(source) if name not in decorated and "Shared" not in name]
-        rows += [Row(module, name, False) for name in others]
+        rows += [Row(module, name, False) for name in others or ([] if decorated else _BLOCK.findall(source))]
     return rows
 
 
@@ -123,6 +128,13 @@ ONE_OF_EACH = ["linear_attention", "full_attention"]
 
 FIXES: dict[str, dict] = {
     "bailing_hybrid": {"layer_types": ONE_OF_EACH},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    },
     "beam": {"mlp_layer_types": ["dense", "sparse"]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_shared_experts": 1},
@@ -145,6 +157,32 @@ FIXES: dict[str, dict] = {
         "head_dim": 0,
         "layer_types": ["linear_attention", "indexed_attention"],
         "mlp_layer_types": ["dense", "sparse"],
+    },
+    "longcat_flash": {
+        "num_layers": 1,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 48,
+        "zero_expert_num": 4,
+        "moe_topk": 4,
+    },
+    "step3p5": {
+        "pad_token_id": 1,
+        "share_expert_dim": 48,
+        "num_sliding_attention_heads": 4,
+        "sliding_window": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+        "swiglu_limits": [0.0, 7.0],
+    },
+    "switch_transformers": {
+        "d_kv": 16,
+        "d_ff": 48,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 4,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
     },
     "mistral_large4": {
         "vision_config": {
@@ -234,6 +272,12 @@ def model_classes(module: ModuleType) -> list[type[PreTrainedModel]]:
 
 def redraw(experts: nn.Module) -> None:
     """Large weights: with initial ones, leaving the experts out hardly shows, and a clamp not at all."""
+    if type(experts).__name__ in ADAPTED:
+        for name, parameter in experts.named_parameters():
+            size = FAR_OUT if name.endswith(("gate_up_proj", "input_linear.weight", "w1", "v1")) else 1.0
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=size * 8**-1)
+        return
     for name, parameter in experts.named_parameters():
         fan_in = parameter.shape[-2 if experts.is_transposed else -1] if name.endswith("_proj") else 1
         size = FAR_OUT if name.startswith(("gate_up", "up")) and name.endswith("_proj") else 1.0
@@ -270,7 +314,11 @@ def tiny_model(model_class: type[PreTrainedModel], experts_class: type[nn.Module
 
 
 def experts_in(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "down_proj")]
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__ in ADAPTED or (hasattr(m, "is_transposed") and hasattr(m, "down_proj"))
+    ]
 
 
 def tiny_experts(module: ModuleType, experts_class: type[nn.Module]) -> nn.Module:
@@ -301,7 +349,8 @@ def said(error: Exception) -> str:
 @torch.no_grad()
 def output_of(model: PreTrainedModel) -> Tensor:
     """The logits; the last hidden states of a model without a head."""
-    output = model(input_ids=IDS, use_cache=False)
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    output = model(input_ids=IDS, use_cache=False, **more)
     logits = getattr(output, "logits", None)
     return output[0] if logits is None else logits
 
@@ -333,7 +382,11 @@ def hooked(model: nn.Module, register: str, hook: Callable, run: Callable[[], Te
 
 def share_of_experts(model: PreTrainedModel, wanted: Tensor) -> float:
     """How much the output changes, relatively, when the experts return zeros."""
-    without = hooked(model, "register_forward_hook", lambda *call: call[-1] * 0, lambda: output_of(model))
+
+    def nothing(module: nn.Module, call: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+
+    without = hooked(model, "register_forward_hook", nothing, lambda: output_of(model))
     return relative(without, wanted)
 
 
@@ -428,12 +481,14 @@ def _examine(row: Row, result: Result) -> None:
         return
     if hasattr(experts_class.forward, "__wrapped__") != row.dispatched:
         raise RuntimeError("the source and the class disagree on whether transformers dispatches it")
-    if not row.dispatched:
+    if row.class_name in UNSUITED:
         refuse(experts_class)
     model, result.tried, result.reason = first_model(module, experts_class)
     if model is not None:
         result.coverage = WHOLE
         compare_models(model, result)
+        return
+    if not row.dispatched:
         return
     try:
         experts = tiny_experts(module, experts_class)
@@ -445,11 +500,11 @@ def _examine(row: Row, result: Result) -> None:
 
 
 def refuse(experts_class: type[nn.Module]) -> None:
-    """Raise what install says of a class that transformers does not dispatch; a shell is enough for that."""
+    """Raise what install says of a class that it refuses by name; a shell is enough for that."""
     shell = experts_class.__new__(experts_class)
     nn.Module.__init__(shell)
     experts_layout(shell)
-    raise RuntimeError("an experts class that transformers does not dispatch was taken")
+    raise RuntimeError("an experts class that is refused by name was taken")
 
 
 def first_model(
@@ -478,6 +533,7 @@ def shared_start(one: str, other: str) -> int:
 
 def compare_models(model: PreTrainedModel, result: Result) -> None:
     """A whole model with its own experts, and with ours."""
+    find_experts(model)  # raises for what install refuses
     wanted, wanted_tokens = output_of(model), tokens_of(model)
     if share_of_experts(model, wanted) < 1e-3:
         raise RuntimeError("the output hardly depends on the experts, so the comparison would say nothing")
@@ -489,6 +545,9 @@ def compare_models(model: PreTrainedModel, result: Result) -> None:
         if tokens is not None:
             result.tokens = torch.equal(tokens, wanted_tokens)
             result.preempted &= same_while_preempted(flag, parks, lambda: tokens_of(model), tokens)
+    if any(type(module).__name__ in ADAPTED for module in experts_in(model)):
+        result.bf16 = compare_adapted(model)
+        return
     in_bfloat16(model)
     result.bf16, result.bf16_output, result.bf16_eager = compare_bfloat16(model)
 
@@ -531,6 +590,25 @@ def compare_bfloat16(model: PreTrainedModel) -> tuple[float, float, float]:
     return max(each), outputs[NAME], outputs["eager"]
 
 
+def compare_adapted(model: PreTrainedModel) -> float:
+    """Adapted modules in bfloat16: every call of them on the same inputs, against the class's own forward."""
+    calls: list = []
+
+    def note(module: nn.Module, call: tuple, output: Tensor | tuple) -> None:
+        calls.append((module, call, first_of(output)))
+
+    uninstall(model)
+    model.to(torch.bfloat16)
+    hooked(model, "register_forward_hook", note, lambda: output_of(model))
+    install(model)
+    with torch.no_grad():
+        return max(relative(first_of(module(*call)), output) for module, call, output in calls)
+
+
+def first_of(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 @torch.no_grad()
 def compare_experts(experts: nn.Module, result: Result) -> None:
     """An experts module alone, its own forward and ours."""
@@ -559,9 +637,10 @@ TITLE = "# Models\n\ntransformers {version}"
 
 ABOUT = """
 What `qllm_ops.models.install` does with every experts class of this release. There is a row for each class
-that transformers decorates with `use_experts_implementation`, and for each other class that is named like
-one; the list is read from its sources. `make conformity` makes this page; `make test` checks a part of it,
-every day another one.
+that transformers decorates with `use_experts_implementation`, for each other class that is named like one,
+and for each MoE block of a module that has neither; the list is read from its sources. Classes outside
+that interface are taken by `models/adapters.py` or refused by name. `make conformity` makes this page;
+`make test` checks a part of it, every day another one.
 
 - **whole model**: a tiny model of random weights (hidden size 64, mostly two layers) whose output depends on
   the experts. **class only**: the experts module alone, because no tiny model of it could be built.
@@ -570,6 +649,7 @@ every day another one.
 - **bf16**: against `grouped_mm`. Every experts call on the same inputs: <= {bf16:g} of the largest value. The
   logits, with the routing held fixed: <= {bf16:g}, or twice what separates transformers' own eager from its
   `grouped_mm`, in models that amplify a rounding error more than that.
+  Classes that transformers does not dispatch: every call against the class's own forward, in bfloat16.
 - **tokens**: {tokens} greedy tokens with a cache, equal to eager's.
 - **preempted**: logits and tokens under random pauses, at least {parks} of which were met: bitwise equal.
 

@@ -25,7 +25,10 @@ FIXED = (
     "MuseSparkExperts",  # a norm after each expert
     "Inkling2Experts",  # an activation that no kernel fuses
     "Qwen3OmniMoeTalkerTextExperts",  # class only
-    "Llama4TextExperts",  # refused
+    "Llama4TextExperts",  # weights on the input
+    "DbrxExperts",  # not dispatched, fused
+    "Ernie4_5_VLMoeMoeExperts",  # vision experts that text does not reach
+    "DogeCDMoE",  # refused
 )
 ROTATING = 8
 SEED = int(os.environ.get("CONFORMITY_SEED", datetime.date.today().toordinal()))
