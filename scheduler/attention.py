@@ -3,7 +3,8 @@
 An iteration's rows go through the model as one sequence of T tokens, so that projections and experts
 see no padding. Only attention must tell the rows apart. `RaggedCache` stands where transformers
 expects a cache: it writes the new keys and values into the pool. `ragged_attention`, registered with
-transformers as "qllm", attends row by row; the attention itself is torch's scaled_dot_product_attention.
+transformers as "qllm", attends row by row; the attention itself is torch's scaled_dot_product_attention,
+or, for a model with attention sinks or a soft cap on its scores, `_attend_with`.
 
 Rows that decode over few keys are gathered into one padded batch: a call for each would cost more in
 calls than in attention. Over many keys the copy would cost more, so those rows are read where they lie.
@@ -22,6 +23,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -219,20 +221,25 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
     """Attention of (1, heads, T, d) queries, each row over its own keys; outside an iteration of ours,
     transformers' own sdpa attention, so that the model can still be used directly."""
     rows = _current.get()
-    if rows is None:
+    sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    extended = sinks is not None or softcap is not None
+    if rows is None and not extended:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    for name in ("s_aux", "softcap"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"{type(module).__name__} needs {name!r} in attention, which is not supported"
-            )
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} needs 'position_bias' in attention, which is not supported"
+        )
+    if rows is None:
+        return _attend_outside(query, key, value, attention_mask, scaling, sinks, softcap), None
+    attend = partial(_attend_with, sinks=sinks, softcap=softcap) if extended else scaled_dot_product_attention
+    block_scores = min(rows.block_scores, BLOCK_SCORES) if extended else rows.block_scores
     window = kwargs.get("sliding_window") or 0
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     keys, values, starts = rows.keys_and_values(key, value)
     together = rows.decoding(rows.padded_bytes // keys[:, 0].nbytes)
     if together:
         batch = rows.padded(together, starts, window, query)
-        out[batch.query] = _attend_padded(query[0], keys, values, batch, scaling)
+        out[batch.query] = _attend_padded(attend, query[0], keys, values, batch, scaling)
     for i, segment in enumerate(rows.segments):
         if i in together:
             continue
@@ -242,12 +249,12 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
         while start < segment.total:
             if start > segment.past and rows.gate is not None:
                 rows.gate()
-            block = _block(start, segment.total, window, rows.block_scores)
+            block = _block(start, segment.total, window, block_scores)
             low = max(0, start - window + 1) if window else 0
             q0 = segment.query + start - segment.past
             q = query[:, :, q0 : q0 + block]
             k_block, v_block = k[:, :, low : start + block], v[:, :, low : start + block]
-            out[q0 : q0 + block] = _attend(q, k_block, v_block, start - low, window, scaling)
+            out[q0 : q0 + block] = _attend(attend, q, k_block, v_block, start - low, window, scaling)
             start += block
     return out.unsqueeze(0), None
 
@@ -262,7 +269,7 @@ def _block(start: int, stop: int, window: int, scores: int) -> int:
     return min(block, stop - start)
 
 
-def _attend_padded(query, keys, values, batch: Padded, scaling: float | None) -> torch.Tensor:
+def _attend_padded(attend, query, keys, values, batch: Padded, scaling: float | None) -> torch.Tensor:
     """(heads, T, d) queries, (kv heads, N, d) keys and values -> (B, heads, d)."""
     heads, kv_heads, rows = query.shape[0], keys.shape[0], len(batch.query)
     q = query.index_select(1, batch.query).transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, -1)
@@ -270,17 +277,17 @@ def _attend_padded(query, keys, values, batch: Padded, scaling: float | None) ->
         of.index_select(1, batch.index).view(kv_heads, rows, -1, of.shape[2]).transpose(0, 1)
         for of in (keys, values)
     )
-    out = scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, scale=scaling)
+    out = attend(q, k, v, attn_mask=batch.mask, scale=scaling)
     return out.reshape(rows, heads, -1)
 
 
-def _attend(q, k, v, past: int, window: int, scaling: float | None) -> torch.Tensor:
+def _attend(attend, q, k, v, past: int, window: int, scaling: float | None) -> torch.Tensor:
     """(1, heads, n, d) queries at positions [past, past + n) of the given keys -> (n, heads, d)."""
     _, heads, n, size = q.shape
-    if n == 1 and not window:
+    if n == 1:  # all keys that were given are in its window
         # Heads that share keys are laid out as queries of one head: the keys are read once.
         q = q.reshape(1, k.shape[1], heads // k.shape[1], size)
-        out = scaled_dot_product_attention(q, k, v, scale=scaling)
+        out = attend(q, k, v, scale=scaling)
         return out.reshape(heads, 1, v.shape[-1]).transpose(0, 1)
     mask = None
     if past > 0 or window:
@@ -289,10 +296,70 @@ def _attend(q, k, v, past: int, window: int, scaling: float | None) -> torch.Ten
         mask = column <= position
         if window:
             mask &= column > position - window
-    out = scaled_dot_product_attention(
+    out = attend(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != k.shape[1]
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_with(
+    q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False, *, sinks=None, softcap=None
+) -> torch.Tensor:
+    """scaled_dot_product_attention with ``sinks`` (heads,) and ``softcap`` as the models that have them
+    define them: a score is capped to ``softcap * tanh(score / softcap)``, and a head's sink is the score
+    of one more key, never capped nor masked, whose value is zero.
+
+    Queries are (B, heads, n, d), or (B, kv heads, heads // kv heads, d) with the heads that share keys
+    as queries of one head.
+    """
+    if softcap is None and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+        # The kernel that scaled_dot_product_attention runs here, asked for what that one drops.
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = q.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, -torch.inf)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=is_causal, attn_mask=attn_mask, scale=scale
+        )
+    else:
+        out, lse = _products(q, k, v, attn_mask, is_causal, scale, softcap)
+    return out if sinks is None else _sink(out, lse, sinks)
+
+
+def _sink(out, lse, sinks) -> torch.Tensor:
+    """What is left of the output (B, heads, n, d) when part of each softmax, whose logarithm of the sum
+    is ``lse`` (B, heads, n), goes to the sink: e^lse / (e^lse + e^sink) of it."""
+    kept = (lse - sinks.view(out.shape[1], -1)).sigmoid()
+    return out * kept[..., None].to(out.dtype)
+
+
+def _products(q, k, v, mask, is_causal, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as two products around a softmax in float32, and the logarithm of the softmax's sum: for
+    what no kernel of torch computes. All scores are in memory at once: callers take queries in blocks."""
+    batch, heads, n, size = q.shape
+    kv_heads, keys = k.shape[1:3]
+    scores = q.reshape(batch, kv_heads, -1, size) @ k.mT  # heads that share keys, as rows of one product
+    scores = scores.view(batch, heads, n, keys).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores * (size**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if is_causal:
+        mask = torch.ones(n, keys, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        # Not infinity: of a row that is all padding, that would make NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1).to(v.dtype).view(batch, kv_heads, -1, keys)
+    return (weights @ v).view(batch, heads, n, -1), scores.logsumexp(-1)
+
+
+def _attend_outside(query, key, value, mask, scaling, sinks, softcap) -> torch.Tensor:
+    """What a model with sinks or a soft cap gets where no iteration of ours runs, any batch, (B, n, heads,
+    d): sdpa has neither. By products, through which gradients flow."""
+    causal = mask is None and query.shape[2] > 1
+    out, lse = _products(query, key, value, mask, causal, scaling, softcap)
+    if sinks is not None:
+        out = _sink(out, lse, sinks)
+    return out.transpose(1, 2).contiguous()
 
 
 def _mask(*args, **kwargs):

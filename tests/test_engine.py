@@ -144,6 +144,38 @@ def test_a_sliding_window():
         assert [handle.result(WAIT_S) for handle in handles] == expected
 
 
+def gpt_oss():
+    """A tiny one, with sinks that take much of some heads' attention, and a window of 16 in every other
+    layer."""
+    model = tiny_model("gpt_oss")
+    model.config.sliding_window = 16
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = layer.self_attn.sliding_window and 16
+        layer.self_attn.sinks.data = torch.tensor([-2.0, 0.0, 2.0, 4.0])
+        layer.self_attn.q_proj.weight.data *= 20  # so that which keys are seen counts
+    return model
+
+
+def test_attention_sinks_and_windows_with_best_effort_work_interrupted():
+    model = gpt_oss()
+    requests = [(prompt(n, i), p) for i, (n, p) in enumerate([(700, BE), (5, LS), (40, BE), (300, LS)])]
+    expected = [generated(model, ids, 6) for ids, _ in requests]
+    with Engine(model, limits=LIMITS) as engine:
+        handles = [engine.submit(ids, priority=p, max_new_tokens=6) for ids, p in requests]
+        assert [handle.result(WAIT_S) for handle in handles] == expected
+        assert preempted_inside_a_layer(engine)
+        assert generated(model, requests[0][0], 6) == expected[0]  # the model itself, beside the engine
+        logits = record_logits(engine)
+        engine.submit(requests[0][0], max_new_tokens=1, id="be").result(WAIT_S)
+    with torch.inference_mode():
+        wanted = model(torch.tensor([requests[0][0]])).logits[0, -1]
+        for layer in model.model.layers:
+            layer.self_attn.sinks.data.fill_(-torch.inf)
+        without = model(torch.tensor([requests[0][0]])).logits[0, -1]
+    assert (logits["be", 700] - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert (without - wanted).abs().max() >= 1e-2 * wanted.abs().max()  # they count
+
+
 @pytest.mark.parametrize("kind", STRETCHED)
 def test_positions_that_depend_on_the_longest_in_a_call(kind):
     """A row beside longer ones, and a prompt in chunks, get what they would get alone and at once."""
@@ -296,9 +328,10 @@ def test_an_install_from_before_the_engine_is_there_again_after_it():
 # -- preemption changes nothing -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["layer", "tile"])
-def test_a_paused_pass_resumes_where_it_stood_bit_for_bit(model, policy):
+@pytest.mark.parametrize(("name", "policy"), [("tiny", "layer"), ("tiny", "tile"), ("gpt_oss", "tile")])
+def test_a_paused_pass_resumes_where_it_stood_bit_for_bit(name, policy):
     """A second thread pauses and resumes best-effort work at random while one request runs."""
+    model = gpt_oss() if name == "gpt_oss" else make_preset(name)
 
     def run(disturb: bool):
         with Engine(model, policy=policy, limits=LIMITS) as engine:
@@ -515,9 +548,9 @@ def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatc
         Engine(tiny_model("llama"))
     with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
         Engine(model, limits=Limits(max_batch=0))
-    with pytest.raises(ValueError, match=r"GptOssForCausalLM: its attention .*s_aux"):
-        Engine(tiny_model("gpt_oss"))
-    monkeypatch.setattr(attention, "_attend", lambda q, k, v, *args: q[0].transpose(0, 1) * 0 + 1)
+    with pytest.raises(ValueError, match=r"DeepseekV4ForCausalLM: its attention or cache asks for what"):
+        Engine(tiny_model("deepseek_v4"))
+    monkeypatch.setattr(attention, "_attend", lambda attend, q, *args: q[0].transpose(0, 1) * 0 + 1)
     with pytest.raises(ValueError, match="attention is not supported"):
         Engine(model, limits=LIMITS)
     assert (model.config._attn_implementation, model.config._experts_implementation) == before

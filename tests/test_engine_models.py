@@ -10,13 +10,13 @@ from qllm_ops.scheduler.engine import Engine
 
 SERVED = {
     "afmoe", "aria", "axk1", "beam", "cohere2_moe", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1",
-    "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
-    "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "laguna", "mellum",
-    "minimax_m2", "minimax_m3_vl", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
-    "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+    "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1",
+    "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mistral4", "mixtral", "olmoe",
+    "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
 }  # fmt: skip
-"""Those that must not be refused. The others have attention sinks, an indexer or a state that is no list of
-keys and values, or experts that `install` refuses. One that is served all the same must be served right."""
+"""Those that must not be refused. The others have an indexer or a state that is no list of keys and values,
+or experts that `install` refuses. One that is served all the same must be served right."""
 
 ROWS = {row.folder: row for row in reversed(table())}  # the first experts class of each
 
