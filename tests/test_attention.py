@@ -44,7 +44,10 @@ def written_out(q, k, v, past, window, scaling, sinks=None, softcap=None):
 def rows(draw):
     segments, query, slot = [], 0, 0
     for _ in range(draw(st.integers(1, 6))):
-        length, past = draw(st.just(1) | st.integers(1, 70)), draw(st.just(30) | st.integers(0, 90))
+        length, past = (
+            draw(st.just(1) | st.integers(1, 70)),
+            draw(st.sampled_from([0, 30]) | st.integers(0, 90)),
+        )
         segments.append(Segment(query, length, past, slot))
         query, slot = query + length, slot + past + length + draw(st.integers(0, 3))
     return segments, slot
