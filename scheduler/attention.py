@@ -64,6 +64,10 @@ class Segment:
     def total(self) -> int:
         return self.past + self.length
 
+    def seen(self, window: int) -> int:
+        """How many keys its last token sees, through a window of so many; 0 for all."""
+        return min(window or self.total, self.total)
+
 
 @dataclass
 class Padded:
@@ -101,16 +105,16 @@ class Ragged:
             raise RuntimeError(f"attention was given {key.shape[2]} keys for rows of {sizes}")
         return key[0], value[0], list(accumulate(sizes[:-1], initial=0))
 
-    def decoding(self, most_keys: float = float("inf")) -> list[int]:
-        """The rows with one new token and at most so many keys, if there are two or more."""
-        rows = [i for i, s in enumerate(self.segments) if s.length == 1 and s.total <= most_keys]
+    def decoding(self, most_keys: float = float("inf"), window: int = 0) -> list[int]:
+        """The rows with one new token that sees at most so many keys, if there are two or more."""
+        rows = [i for i, s in enumerate(self.segments) if s.length == 1 and s.seen(window) <= most_keys]
         return rows if len(rows) > 1 else []
 
     def padded(self, rows: list[int], starts: list[int], window: int, like: torch.Tensor) -> Padded:
         """Those rows as one batch; made once per iteration and kind of layer."""
         key = (window, self.expanded, tuple(rows))
         if key not in self._padded:
-            counts = [min(window or total, total) for total in (self.segments[i].total for i in rows)]
+            counts = [self.segments[i].seen(window) for i in rows]
             first = [starts[i] + self.segments[i].total - n for i, n in zip(rows, counts, strict=True)]
             first, count = torch.tensor([first, counts])[:, :, None]
             column = torch.arange(max(counts))
@@ -236,7 +240,7 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
     window = kwargs.get("sliding_window") or 0
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     keys, values, starts = rows.keys_and_values(key, value)
-    together = rows.decoding(rows.padded_bytes // keys[:, 0].nbytes)
+    together = rows.decoding(rows.padded_bytes // keys[:, 0].nbytes, window)
     if together:
         batch = rows.padded(together, starts, window, query)
         out[batch.query] = _attend_padded(attend, query[0], keys, values, batch, scaling)

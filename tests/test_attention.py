@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qllm_ops.models.presets import make_preset
+from qllm_ops.scheduler import attention
 from qllm_ops.scheduler.attention import (
     BLOCK_SCORES,
     KVPool,
@@ -119,6 +120,19 @@ def test_slots_outside_the_rows_are_left_alone():
     RaggedCache(pool, batch).update(torch.zeros(1, 1, 2, SIZE), torch.zeros(1, 1, 2, SIZE), 0)
     for layer in pool.layers[0]:
         assert layer[0, :, 0].tolist() == [7, 7, 7, 7, 7, 0, 0, 7, 7, 7]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, None), (4, None), (4, torch.zeros(2))])
+def test_rows_that_see_few_keys_are_one_batch(window, sinks, monkeypatch):
+    """Through a window, however many keys they have."""
+    calls = []
+    monkeypatch.setattr(attention, "_attend_padded", lambda *args: calls.append("padded") or 0.0)
+    monkeypatch.setattr(attention, "_attend", lambda *args: calls.append("alone") or 0.0)
+    q, k = torch.randn(1, 2, 3, SIZE), torch.randn(1, 2, 45, SIZE)
+    segments = [Segment(0, 1, 3, 0), Segment(1, 1, 3, 4), Segment(2, 1, 36, 8)]
+    with ragged(Ragged(segments, padded_bytes=4 * k[0, :, 0].nbytes)):
+        ragged_attention(types.SimpleNamespace(), q, k, k, None, sliding_window=window, s_aux=sinks)
+    assert calls == (["padded"] if window else ["padded", "alone"])
 
 
 EXTENDED = [{}, {"s_aux": torch.tensor([1.0, -2.0, 0.5, 3.0])}, {"softcap": 0.5}]
