@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import preemptible, warming_up
+from qllm_ops.models.experts import is_dispatched
 from qllm_ops.scheduler import attention
 from qllm_ops.scheduler.attention import KVPool, Ragged, RaggedCache, Segment, ragged
 from qllm_ops.scheduler.core import Batch, Outcome
@@ -33,6 +34,45 @@ def _positions(config: PreTrainedConfig) -> int | None:
     return positions
 
 
+class Routes:
+    """Which experts each layer of a model chose for the tokens of a probe, at which weights.
+
+    Two right computations of one model round differently, and where two experts are all but equal they
+    may choose differently, after which their logits have little in common. So that logits tell right
+    attention from wrong, a probe takes the experts that the pass that it is compared with took.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        modules = [module for module in model.modules() if is_dispatched(module)]
+        self._chosen: dict[torch.nn.Module, list[tuple[torch.Tensor, ...]]] = {m: [] for m in modules}
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Inside the body, a pass over the whole probe is remembered."""
+        with self._hooked(lambda module, args: self._chosen[module].append(args[1:])):
+            yield
+
+    @contextlib.contextmanager
+    def again(self, positions: list[int]) -> Iterator[None]:
+        """Inside the body, tokens of these positions of the probe go where they went then."""
+        calls = {module: iter(chosen) for module, chosen in self._chosen.items()}
+
+        def choose(module, args):
+            return (args[0], *(of[positions] for of in next(calls[module])))
+
+        with self._hooked(choose):
+            yield
+
+    @contextlib.contextmanager
+    def _hooked(self, hook) -> Iterator[None]:
+        hooks = [module.register_forward_pre_hook(hook) for module in self._chosen]
+        try:
+            yield
+        finally:
+            for each in hooks:
+                each.remove()
+
+
 class Runner:
     """Executes batches on a model that both lanes share. What differs per lane is thread-local: grad
     mode, the stream, which rows attention sees, and what the experts poll."""
@@ -47,13 +87,14 @@ class Runner:
             self._limits = (attention.BLOCK_SCORES, attention.PADDED_BYTES)
         else:  # a GPU gets through any attention, and copies keys, faster than calls can be launched
             self._limits = (2**62, 64 * attention.PADDED_BYTES)
-        with warming_up(flag, BE):
+        routes = Routes(model)
+        with warming_up(flag, BE), routes.recorded():
             expected = self._probe_plain()
         self._check_unchanged()
         attention.ATTENTION.remember(model)
         try:
             model.set_attn_implementation(attention.NAME)
-            self._check(expected)
+            self._check(expected, routes)
         except BaseException:
             self.close()
             raise
@@ -162,24 +203,29 @@ class Runner:
                 "that run it at once would overwrite each other's, so the engine cannot serve this model"
             )
 
-    def _probe_rows(self) -> torch.Tensor:
+    def _probe_rows(self, routes: Routes) -> torch.Tensor:
         ids, n = self._probe_ids(), self.PROBE
+
+        def forward(rows: Ragged) -> torch.Tensor:
+            positions = [p for s in rows.segments for p in range(s.past, s.total)]
+            with routes.again(positions):
+                return self._forward([ids[p] for p in positions], rows)
+
         first = Ragged([Segment(0, 4, 0, 0)])
-        self._forward(ids[:4], first)
+        forward(first)
         self.pool.expands = first.expanded
         # More of the first row beside most of a second one, which is two tokens shorter; then one of each.
-        together = Ragged([Segment(0, n - 5, 4, 0), Segment(n - 5, n - 3, 0, n)])
-        middle = self._forward(ids[4:-1] + ids[:-3], together)
-        last = Ragged([Segment(0, 1, n - 1, 0), Segment(1, 1, n - 3, n)], *self._limits)
-        return torch.cat([self._forward([ids[-1], ids[-3]], last), middle]).float()
+        middle = forward(Ragged([Segment(0, n - 5, 4, 0), Segment(n - 5, n - 3, 0, n)]))
+        last = forward(Ragged([Segment(0, 1, n - 1, 0), Segment(1, 1, n - 3, n)], *self._limits))
+        return torch.cat([last, middle]).float()
 
     @torch.inference_mode()
-    def _check(self, expected: torch.Tensor) -> None:
+    def _check(self, expected: torch.Tensor, routes: Routes) -> None:
         n, name = self.PROBE, type(self.model).__name__
         if self.pool.tokens < 2 * n:
             raise ValueError(f"kv_tokens must be at least {2 * n}, got {self.pool.tokens}")
         try:
-            got = self._probe_rows()
+            got = self._probe_rows(routes)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -1,5 +1,6 @@
 """The engine on tiny models: the same tokens as transformers, whatever is paused, cancelled or broken."""
 
+import contextlib
 import random
 import sys
 import threading
@@ -18,6 +19,7 @@ from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, POLICIES
 from qllm_ops.scheduler.request import BE, LS, RequestCancelled, RequestError
+from qllm_ops.scheduler.runner import Routes
 
 WAIT_S = 60.0
 LIMITS = Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=256)
@@ -176,6 +178,23 @@ def test_attention_sinks_and_windows_with_best_effort_work_interrupted():
     assert (without - wanted).abs().max() >= 1e-2 * wanted.abs().max()  # they count
 
 
+def test_experts_that_are_all_but_equal_do_not_make_attention_look_wrong(monkeypatch):
+    """The engine's first tokens are compared with the model's own as if rounding chose no expert."""
+    model = make_preset("tiny")
+    for layer in model.model.layers:
+
+        def by_the_last_bit(x, route=layer.mlp.gate.forward):
+            logits, weights, index = route(x)
+            first = x.reshape(len(index), -1).view(torch.int32).sum(-1) % logits.shape[-1]
+            return logits, weights, torch.stack([first, (first + 1) % logits.shape[-1]], 1)
+
+        monkeypatch.setattr(layer.mlp.gate, "forward", by_the_last_bit)
+    Engine(model, limits=LIMITS).close()
+    monkeypatch.setattr(Routes, "again", lambda *_: contextlib.nullcontext())
+    with pytest.raises(ValueError, match="the logits of a probe differ"):
+        Engine(model, limits=LIMITS)
+
+
 @pytest.mark.parametrize("kind", STRETCHED)
 def test_positions_that_depend_on_the_longest_in_a_call(kind):
     """A row beside longer ones, and a prompt in chunks, get what they would get alone and at once."""
@@ -283,7 +302,12 @@ def test_two_engines_on_two_models(share_config):
 
 
 def preempted_inside_a_layer(engine: Engine) -> bool:
-    """Whether a best-effort pass of this engine stands still while its class is paused."""
+    """Whether a best-effort pass of this engine stands still while its class is paused; asked again where
+    the pause came between two passes."""
+    return any(stood_inside_a_layer(engine) for _ in range(5))
+
+
+def stood_inside_a_layer(engine: Engine) -> bool:
     handle = engine.submit(prompt(1500), max_new_tokens=1)
     while BACKGROUND not in engine.scheduler.running:
         time.sleep(0.0005)
