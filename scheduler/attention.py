@@ -223,7 +223,8 @@ class RaggedCache(Cache):
 
 def ragged_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention of (1, heads, T, d) queries, each row over its own keys; outside an iteration of ours,
-    transformers' own sdpa attention, so that the model can still be used directly."""
+    transformers' own sdpa attention, or products where that has none, so that the model can still be used
+    directly."""
     rows = _current.get()
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     extended = sinks is not None or softcap is not None

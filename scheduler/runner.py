@@ -26,8 +26,11 @@ Wrong attention differs by the size of the logits; rounding stays well below."""
 
 
 def _positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model is made for; None if its config does not say."""
+    """How many positions the engine gives a model: those that it is made for, None if its config does not
+    say; the first chunk of one that attends in chunks (Llama 4), inside which that is full attention."""
     positions = getattr(config, "max_position_embeddings", None)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return min(config.attention_chunk_size, positions or config.attention_chunk_size)
     rope = getattr(config, "rope_parameters", None) or {}
     if positions is not None and rope.get("rope_type") == "dynamic":
         return int(positions * rope.get("factor", 1.0))  # here, the config gives what it was trained for

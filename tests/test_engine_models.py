@@ -9,11 +9,12 @@ from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 
 SERVED = {
-    "afmoe", "aria", "axk1", "beam", "cohere2_moe", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "dots1",
-    "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
-    "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1",
-    "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mistral4", "mixtral", "olmoe",
-    "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open",
+    "afmoe", "aria", "axk1", "beam", "cohere2_moe", "dbrx", "deepseek_ocr2", "deepseek_v2", "deepseek_v3",
+    "dots1", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone_moe", "flex_olmo", "flint", "gemma4", "glm4_moe",
+    "glm4_moe_lite", "glm4v_moe", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v3", "jetmoe", "kolibri1", "laguna", "llama4", "longcat_flash", "mellum",
+    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+    "qwen3_moe", "qwen3_omni_moe", "qwen3_vl_moe", "solar_open", "step3p7",
 }  # fmt: skip
 """Those that must not be refused. The others have an indexer or a state that is no list of keys and values,
 or experts that `install` refuses. One that is served all the same must be served right."""
@@ -53,3 +54,15 @@ def test_the_tokens_of_generate_or_a_refusal(folder):
     except (ValueError, UnsupportedExpertsError):
         assert folder not in SERVED
     assert choices(model) == before
+
+
+def test_a_model_that_attends_in_chunks_is_served_within_the_first():
+    """Its mask says where a chunk ends, and the engine looks at no mask."""
+    model, _, _ = first_model(*ROWS["llama4"].load())
+    model.config.get_text_config().attention_chunk_size = 32
+    model.generation_config.eos_token_id = None
+    expected = generated(model, prompt(27))
+    with Engine(model, limits=Limits(kv_tokens=256, kv_reserve=0, prefill_tokens=16)) as engine:
+        assert engine.submit(prompt(27), max_new_tokens=5).result(60) == expected
+        with pytest.raises(ValueError, match="more than the 32 positions"):
+            engine.submit(prompt(28), max_new_tokens=5)
