@@ -55,7 +55,8 @@ class TritonMoe:
     W is H as long as the second term is below 64 MiB or below the first; beyond that, the output is computed
     in chunks of W columns (at most 15), which make it about as large as the first. Besides, 4 * (98 + 3 *
     (E + 1)) + 16 * P bytes of state and order, and a word for each program where tiles have an exit inside.
-    An activation of yours makes the first term P * 2I floats, an expert_norm the second one P * H floats.
+    An activation of yours makes the first term P * 2I floats, an expert_norm the second one P * H floats;
+    weights_on_input takes P weights of one.
 
     Args:
         tiles: the configuration of each phase, instead of the one that `qllm_ops.tiles` picks.

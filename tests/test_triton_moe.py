@@ -623,7 +623,9 @@ def test_memory_is_what_the_docstring_says(inputs):
     second = inputs.hidden_size * (size * run.tiles["down"].split_k if inputs.expert_norm is None else 4)
     assert run._intermediate.nbytes + run._partial.nbytes == pairs * (first + second)
     assert run._state.nbytes == 4 * (98 + 3 * (inputs.num_experts + 1))
-    known = ("_intermediate", "_partial", "_state", "_order", "_output")
+    if inputs.num_tokens and not inputs.weights_on_input:
+        assert run._weights_of_sum is inputs.top_k_weights
+    known = ("_intermediate", "_partial", "_state", "_order", "_weights_of_sum", "_output")
     assert {name for name, x in vars(run).items() if isinstance(x, torch.Tensor)} <= set(known)
 
 
