@@ -3,7 +3,21 @@
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.moe import MoeRun, moe, moe_reference, warm_up
+from qllm_ops.quantized import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
 
 __version__ = "0.1.0"
 
-__all__ = ["ACTIVATIONS", "FULL", "Activation", "MoeRun", "PriorityFlag", "moe", "moe_reference", "warm_up"]
+__all__ = [
+    "ACTIVATIONS",
+    "FULL",
+    "Activation",
+    "MoeRun",
+    "PriorityFlag",
+    "QuantizedWeight",
+    "moe",
+    "moe_reference",
+    "quantize_fp8",
+    "quantize_int4",
+    "quantize_mxfp4",
+    "warm_up",
+]

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import AnyActivation, as_activation
+from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import EXIT_US, check_max_exit_us
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Weight = Tensor | QuantizedWeight
+WEIGHTS = ("gate_up_proj", "down_proj")
 INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -24,8 +27,8 @@ class MoeInputs:
     """
 
     hidden_states: Tensor
-    gate_up_proj: Tensor
-    down_proj: Tensor
+    gate_up_proj: Weight
+    down_proj: Weight
     top_k_index: Tensor
     top_k_weights: Tensor
     activation: AnyActivation
@@ -64,11 +67,16 @@ class MoeInputs:
     def top_k(self) -> int:
         return self.top_k_index.shape[1]
 
+    @property
+    def weight_format(self) -> str | None:
+        """How both weights are quantised; None for dense ones."""
+        return self.down_proj.format if isinstance(self.down_proj, QuantizedWeight) else None
+
 
 def check_inputs(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     activation: str | AnyActivation = "silu",
@@ -92,9 +100,10 @@ def check_inputs(
     Gradients are not recorded: every tensor is detached. Parameters may require a gradient.
 
     Raises:
-        TypeError: an argument is no dense tensor, or has a dtype that is not supported.
+        TypeError: an argument is no dense tensor, or has a dtype that is not supported; one weight is
+            quantised and the other is not, or otherwise.
         ValueError: shapes, dtypes or devices do not fit each other, weights are not contiguous,
-            or the activation is unknown.
+            quantised weights are said to be transposed, or the activation is unknown.
     """
     switches = {"gated": gated, "interleaved": interleaved, "transposed": transposed}
     switches |= {"batch_invariant": batch_invariant, "weights_on_input": weights_on_input}
@@ -118,13 +127,17 @@ def check_inputs(
     if down_bias is not None:
         tensors["down_bias"] = down_bias
     layouts = _layouts(gated, transposed)
+    quantized = [name for name in WEIGHTS if isinstance(tensors[name], QuantizedWeight)]
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, layouts[name])
+        if name not in quantized:
+            _check_tensor(name, tensor, layouts[name])
     _check_dtypes(**tensors)
+    if quantized:
+        _check_quantized(hidden_states, gate_up_proj, down_proj, transposed)
     inputs = MoeInputs(
         hidden_states.detach().contiguous(),
-        gate_up_proj.detach(),
-        down_proj.detach(),
+        gate_up_proj if quantized else gate_up_proj.detach(),
+        down_proj if quantized else down_proj.detach(),
         top_k_index.contiguous(),
         top_k_weights.detach().contiguous(),
         as_activation(activation),
@@ -146,7 +159,7 @@ def check_inputs(
                 "all tensors must be on one device"
             )
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if not weight.is_contiguous():
+        if not quantized and not weight.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, got shape {tuple(weight.shape)} with strides {weight.stride()}; "
                 "call .contiguous() once when the weights are loaded (it copies them)"
@@ -179,8 +192,8 @@ def _check_tensor(name: str, tensor: Tensor, layout: str) -> None:
 
 def _check_dtypes(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     **biases: Tensor,
@@ -188,7 +201,7 @@ def _check_dtypes(
     if hidden_states.dtype not in DTYPES:
         raise TypeError(f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}")
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if weight.dtype != hidden_states.dtype:
+        if not isinstance(weight, QuantizedWeight) and weight.dtype != hidden_states.dtype:
             raise TypeError(
                 f"{name} must have the dtype of hidden_states, {hidden_states.dtype}, got {weight.dtype}"
             )
@@ -197,6 +210,28 @@ def _check_dtypes(
     for name, tensor in {"top_k_weights": top_k_weights, **biases}.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def _check_quantized(
+    hidden_states: Tensor, gate_up_proj: Weight, down_proj: Weight, transposed: bool
+) -> None:
+    formats = [getattr(weight, "format", "dense") for weight in (gate_up_proj, down_proj)]
+    if formats[0] != formats[1]:
+        raise TypeError(
+            f"gate_up_proj and down_proj must be quantised alike or both be dense, got {formats[0]} and "
+            f"{formats[1]}"
+        )
+    if transposed:
+        raise ValueError(
+            "transposed must be False for quantised weights, which are (E, 2I, H) and (E, H, I): quantise "
+            "weight.mT; got True"
+        )
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if hidden_states.dtype == torch.float16 and weight.largest > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"{name} has scales for numbers up to {weight.largest:g}, which float16 does not have, "
+                "as which it would be multiplied; got float16 hidden_states, wanted bfloat16 or float32"
+            )
 
 
 def _check_shapes(x: MoeInputs, layouts: dict[str, str]) -> None:

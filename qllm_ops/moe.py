@@ -14,18 +14,19 @@ from torch import Tensor
 
 from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
-from qllm_ops.inputs import MoeInputs, check_inputs
+from qllm_ops.inputs import MoeInputs, Weight, check_inputs
 from qllm_ops.library import traced, uncompiled
+from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import EXIT_US, unsupported
-from qllm_ops.torch_moe import TorchMoe
+from qllm_ops.torch_moe import TorchMoe, widened
 
 BACKENDS = ("auto", "torch", "triton")
 
 
 def moe(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
@@ -55,7 +56,9 @@ def moe(
     Args:
         hidden_states: (T, H), float32, bfloat16 or float16. T may be 0.
         gate_up_proj: (E, 2I, H), contiguous, dtype of hidden_states. The first I rows are the gate's.
-        down_proj: (E, H, I), contiguous, dtype of hidden_states.
+            Or a :class:`qllm_ops.QuantizedWeight` of that shape, which is widened to the dtype of
+            hidden_states as it is multiplied; then down_proj is one of the same format.
+        down_proj: (E, H, I), contiguous, dtype of hidden_states. Or quantised.
         top_k_index: (T, K), any integer dtype. A value outside [0, E) means "not here": skipped.
         top_k_weights: (T, K), any floating-point dtype.
         activation: "silu", "gelu" (error function), "gelu_tanh", "relu", "relu2", or an
@@ -92,10 +95,10 @@ def moe(
         TypeError, ValueError: an argument is refused; the message names it.
 
     torch.compile and torch.export see one operator, `qllm_ops::moe`. Functions of yours (activation,
-    expert_norm) cannot be arguments of an operator: such a call breaks the graph.
+    expert_norm) and quantised weights cannot be arguments of an operator: such a call breaks the graph.
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    if torch.compiler.is_compiling() and isinstance(activation, (str, Activation)) and expert_norm is None:
+    if torch.compiler.is_compiling() and _traceable(gate_up_proj, down_proj, activation, expert_norm):
         biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed, weights_on_input)
         return traced(
             tensors, biases, activation, layout, (batch_invariant, max_exit_us), flag, priority, backend
@@ -119,7 +122,13 @@ def moe(
     )
 
 
-def _moe(*tensors: Tensor, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:
+def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expert_norm: object) -> bool:
+    """Whether an operator can have these as arguments."""
+    quantized = isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight)
+    return isinstance(activation, (str, Activation)) and expert_norm is None and not quantized
+
+
+def _moe(*tensors: Weight, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:
     inputs = check_inputs(*tensors, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
     layer = _backend_class(_choose(backend, inputs))(inputs, flag, priority)
@@ -153,8 +162,8 @@ class MoeRun:
     def __init__(
         self,
         hidden_states: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
+        gate_up_proj: Weight,
+        down_proj: Weight,
         top_k_index: Tensor,
         top_k_weights: Tensor,
         *,
@@ -233,8 +242,8 @@ class MoeRun:
 
 def warm_up(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
@@ -260,8 +269,8 @@ def warm_up(
 
 def moe_reference(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     activation: str | AnyActivation = "silu",
@@ -277,7 +286,7 @@ def moe_reference(
             e = int(top_k_index[t, k])
             if not 0 <= e < x.num_experts:
                 continue
-            first, second = x.gate_up_proj[e].float(), x.down_proj[e].float()
+            first, second = widened(x.gate_up_proj, e), widened(x.down_proj, e)
             if x.transposed:
                 first, second = first.T, second.T
             weight = x.top_k_weights[t, k].float()

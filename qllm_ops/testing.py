@@ -32,6 +32,7 @@ from torch import Tensor
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.moe import moe_reference
+from qllm_ops.quantized import FORMATS, QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,6 +69,22 @@ def own_norm(rows: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 0.1)).to(rows.dtype)
 
 
+def quantize(weight: Tensor, format: str) -> QuantizedWeight:
+    """With blocks as small as they come: small layers then have several, and parts of one at their edges."""
+    if format == "fp8":
+        return quantize_fp8(weight, block=(12, 16))
+    return quantize_mxfp4(weight) if format == "mxfp4" else quantize_int4(weight, 16)
+
+
+def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `moe`, with hidden states and weights as the reference has them before any rounding."""
+    wide = {"hidden_states": tensors["hidden_states"].float()}
+    for name in ("gate_up_proj", "down_proj"):
+        weight = tensors[name]
+        wide[name] = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight.float()
+    return {**tensors, **wide}
+
+
 class Run(Protocol):
     """What is asked of a run."""
 
@@ -101,6 +118,7 @@ class MoeCase:
     routing: str = "distinct"
     index_dtype: torch.dtype = torch.int64
     weights_dtype: torch.dtype = torch.float32
+    quantized: str | None = None
     seed: int = 0
 
     def tensors(self, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -132,6 +150,9 @@ class MoeCase:
             tensors["expert_norm"] = self.expert_norm
         if self.weights_on_input:
             tensors["weights_on_input"] = True
+        if self.quantized is not None:
+            for name in ("gate_up_proj", "down_proj"):
+                tensors[name] = quantize(tensors[name], self.quantized)
         return tensors
 
     def _index(self, draw: torch.Generator) -> Tensor:
@@ -163,6 +184,7 @@ def moe_cases(
     routing = draw(st.sampled_from(ROUTINGS))
     most = num_experts if routing == "distinct" else num_experts + 2
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
+    formats = (None,) if "transposed" in layout else (None, *FORMATS)
     activations = (*ACTIVATIONS, *CLAMPED, torch.tanh if "ungated" in layout else own_gate)
     return MoeCase(
         num_tokens=draw(st.integers(0, max_tokens)),
@@ -179,6 +201,7 @@ def moe_cases(
         routing=routing,
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
         weights_dtype=draw(st.sampled_from(DTYPES)),
+        quantized=draw(st.sampled_from(formats)),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -192,10 +215,7 @@ TOLERANCES = {  # relative RMS error, largest error relative to the output's pea
 
 def assert_close(output: Tensor, case: MoeCase) -> None:
     """The output is the reference's, computed in float32, within the operator's tolerances."""
-    tensors = case.tensors()
-    for name in ("hidden_states", "gate_up_proj", "down_proj"):
-        tensors[name] = tensors[name].float()
-    expected = moe_reference(**tensors)
+    expected = moe_reference(**in_float32(case.tensors()))
     assert output.shape == expected.shape, (output.shape, expected.shape)
     assert output.dtype == case.dtype, (output.dtype, case.dtype)
     assert output.isfinite().all(), "an element is not finite, or was never written"

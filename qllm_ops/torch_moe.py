@@ -12,8 +12,8 @@ applies the activation; the next multiplies by down_proj and leaves one row per 
 last tiles add the K rows of each token, in order of k. The tiles depend on the inputs only and each is
 computed whole, so the result does not depend on where the run was left and taken up again.
 
-All arithmetic is in float32: 16-bit weights are widened one expert at a time, which on a CPU without
-16-bit matrix units is also several times faster than multiplying them as they are.
+All arithmetic is in float32: 16-bit and quantised weights are widened one expert at a time, which on a CPU
+without 16-bit matrix units is also several times faster than multiplying them as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from qllm_ops.activation import Activation
 from qllm_ops.flag import PriorityFlag
-from qllm_ops.inputs import MoeInputs
+from qllm_ops.inputs import MoeInputs, Weight
+from qllm_ops.quantized import QuantizedWeight
 
 TILE_FLOPS = 1.2e9
 """Most work in one tile: 6 to 12 ms at 100 to 200 GFLOP/s. Leaving takes as long as one tile."""
@@ -91,9 +92,6 @@ class TorchMoe:
         self._flag = flag
         self._word = None if flag is None else flag.words[priority]
         self._can_group = can_group(inputs)
-        # As the right factor of a product: (E, H, 2I) and (E, I, H).
-        weights = (inputs.gate_up_proj, inputs.down_proj)
-        self._right = weights if inputs.transposed else tuple(weight.mT for weight in weights)
         self._route()
         self._output = torch.empty_like(inputs.hidden_states)
 
@@ -174,14 +172,14 @@ class TorchMoe:
         if self.inputs.weights_on_input:
             x.mul_(self._scale[start:stop])  # a copy of the rows, so no argument changes
         out = self._gate_up[: stop - start]
-        gate_up = self._multiply(x, self._right[0], self.inputs.gate_up_bias, group, out)
+        gate_up = self._multiply(x, self.inputs.gate_up_proj, self.inputs.gate_up_bias, group, out)
         activate(gate_up, self.inputs, self._gated[: stop - start])
 
     def _down(self, group: list[Block]) -> None:
         """One group from there to its rows of `_pair_out`."""
         start, stop = group[0][1], group[-1][2]
         gated, out = self._gated[: stop - start], self._pair_out[start:stop]
-        down = self._multiply(gated, self._right[1], self.inputs.down_bias, group, out)
+        down = self._multiply(gated, self.inputs.down_proj, self.inputs.down_bias, group, out)
         if self.inputs.expert_norm is not None:
             down = out.copy_(checked("expert_norm", self.inputs.expert_norm(down), down.shape))
         if down.shape == self._pair_out.shape:  # all there is
@@ -190,9 +188,9 @@ class TorchMoe:
             out.copy_(down)
 
     def _multiply(
-        self, x: Tensor, right: Tensor, bias: Tensor | None, group: list[Block], out: Tensor
+        self, x: Tensor, weight: Weight, bias: Tensor | None, group: list[Block], out: Tensor
     ) -> Tensor:
-        """x @ right[expert] + bias[expert] for every block's rows: in ``out``, or in a new tensor."""
+        """x times the expert's weight, plus its bias, for every block's rows: in ``out`` or a new tensor."""
         (first, begin, _), (last, _, end) = group[0], group[-1]
         # One call for many experts, but it also spends some time on those between them that have no rows.
         if self._can_group and 2 * len(group) > last - first + 5:
@@ -200,11 +198,13 @@ class TorchMoe:
             # Skipped rows may come first, and the outer experts may have rows in other groups.
             if begin or len(self._groups) > 1:
                 ends = (ends - begin).clamp_(max=len(x))
-            out = F.grouped_mm(x, right[first : last + 1], offs=ends)
+            right = weight[first : last + 1]
+            out = F.grouped_mm(x, right if self.inputs.transposed else right.mT, offs=ends)
         else:
             for expert, start, stop in group:
                 rows = slice(start - begin, stop - begin)
-                torch.mm(x[rows], right[expert].float(), out=out[rows])
+                right = widened(weight, expert)
+                torch.mm(x[rows], right if self.inputs.transposed else right.T, out=out[rows])
         return out if bias is None else out.add_(bias.index_select(0, self._experts[begin:end]))
 
     def _combine(self, start: int, stop: int) -> None:
@@ -215,6 +215,11 @@ class TorchMoe:
         self._output[start:stop] = sums
 
 
+def widened(weight: Weight, expert: int) -> Tensor:
+    """One expert's weight in float32, which is no copy if it is that already."""
+    return weight.dequantize(expert) if isinstance(weight, QuantizedWeight) else weight[expert].float()
+
+
 def can_group(inputs: MoeInputs) -> bool:
     """Whether torch multiplies by several experts in one call: from 2.10 on, if rows start at 16 bytes."""
     weights = (inputs.gate_up_proj, inputs.down_proj)
@@ -222,6 +227,7 @@ def can_group(inputs: MoeInputs) -> bool:
         hasattr(F, "grouped_mm")
         and inputs.hidden_states.device.type == "cpu"
         and inputs.hidden_states.dtype == torch.float32
+        and inputs.weight_format is None
         and inputs.hidden_size % 4 == inputs.intermediate_size % 4 == 0
         and all(weight.data_ptr() % 16 == 0 for weight in weights)
     )

@@ -1,0 +1,363 @@
+"""Quantised weights of experts: what they are, and how a dense weight becomes one.
+
+Three formats, all with rows of K consecutive numbers, as (E, N, K) dense weights have them:
+
+    format   values                         one scale for              bits per number, scales included
+    fp8      float8_e4m3fn (E, N, K)        128 x 128, as float32      8 + 32 / 16384
+    mxfp4    e2m1, two a byte (E, N, K/2)   32 of a row, as 2 ** n     4 + 8 / 32
+    int4     two a byte (E, N, K/2)         a group of a row, 16 bits  4 + 16 / group
+
+Two numbers of a byte are neighbours in their row, the first in the low half. An int4 half h stands for h - 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of four-bit floating point: a bit of sign, two of exponent, one of mantissa."""
+
+CODES = {
+    # what each of the 16 halves of a byte stands for
+    "mxfp4": (*E2M1, *(-value for value in E2M1)),
+    "int4": tuple(float(code - 8) for code in range(16)),
+}
+LARGEST = {"fp8": 448.0, "mxfp4": 6.0, "int4": 8.0}
+FORMATS = tuple(LARGEST)
+
+SCALE_DTYPES = {
+    "fp8": (torch.float32,),
+    "mxfp4": (torch.uint8,),
+    "int4": (torch.bfloat16, torch.float16, torch.float32),
+}
+
+INT4_DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.75, 9.5)
+"""Steps that the largest number of a group may be taken as; the one with the least squared error is. The
+range ends at 7 and -8: beyond that the largest numbers are cut off, and all the others get finer steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """The weights of E experts, (E, N, K), as `moe` multiplies by them: value times scale.
+
+    Checked when it is made, every value included, so that no call has to: that waits for the device once.
+
+    Attributes:
+        values: (E, N, K) float8_e4m3fn, or (E, N, ceil(K / 2)) uint8 with two numbers a byte.
+        scales: (E, ceil(N / block[0]), ceil(K / block[1])), positive and finite. float32 for "fp8"; bfloat16,
+            float16 or float32 for "int4"; uint8 exponents n for "mxfp4", standing for 2 ** (n - 127).
+        format: "fp8", "mxfp4" or "int4".
+        block: rows and columns that share a scale; the last of either may be shorter. Columns are a power of
+            two, at least 16. One row except in "fp8"; 32 columns in "mxfp4".
+        columns: K.
+        largest: no number is larger than this in magnitude.
+
+    Raises:
+        TypeError, ValueError: names the field, what came and what was wanted.
+    """
+
+    values: Tensor
+    scales: Tensor
+    format: str
+    block: tuple[int, int]
+    columns: int
+    largest: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+        _check_block(self.format, self.block)
+        self._check_values()
+        self._check_scales()
+        largest = LARGEST[self.format] * self._wide_scales(self.scales).max().item()
+        object.__setattr__(self, "largest", largest)
+
+    @classmethod
+    def from_fp8(
+        cls, weight: Tensor, weight_scale_inv: Tensor, block: tuple[int, int] = (128, 128)
+    ) -> QuantizedWeight:
+        """From a checkpoint such as DeepSeek-V3's: (E, N, K) float8_e4m3fn and a scale for every block.
+
+        Scales in float8_e8m0fnu are widened; the name is theirs, a weight is value times scale.
+        """
+        if isinstance(weight_scale_inv, Tensor) and weight_scale_inv.dtype == torch.float8_e8m0fnu:
+            weight_scale_inv = weight_scale_inv.float()
+        columns = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() else 0
+        return cls(weight, weight_scale_inv, "fp8", tuple(block), columns)
+
+    @classmethod
+    def from_mxfp4(cls, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
+        """From a checkpoint such as gpt-oss's: (E, N, K / 32, 16) uint8 and (E, N, K / 32) uint8."""
+        if not isinstance(blocks, Tensor) or blocks.dim() != 4 or blocks.shape[3] != 16:
+            got = tuple(blocks.shape) if isinstance(blocks, Tensor) else type(blocks).__name__
+            raise ValueError(f"blocks must be a tensor (E, N, K / 32, 16), got {got}")
+        return cls(blocks.flatten(2), scales, "mxfp4", (1, 32), blocks.shape[2] * 32)
+
+    @classmethod
+    def from_compressed_tensors(cls, weight_packed: Tensor, weight_scale: Tensor) -> QuantizedWeight:
+        """From a symmetric 4-bit "pack-quantized" checkpoint: (E, N, K / 8) int32 and (E, N, K / group).
+
+        The group follows from the shapes, so K is a multiple of it.
+        """
+        for name, tensor in (("weight_packed", weight_packed), ("weight_scale", weight_scale)):
+            if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name} must be a tensor of three dimensions, the experts first, got {got}")
+        if weight_packed.dtype != torch.int32:
+            raise TypeError(f"weight_packed must be int32, eight numbers each, got {weight_packed.dtype}")
+        columns, groups = 8 * weight_packed.shape[2], weight_scale.shape[2]
+        if groups == 0 or columns % groups:
+            raise ValueError(
+                f"weight_scale must be (E, N, K / group) with K = {columns} as in weight_packed, "
+                f"got shape {tuple(weight_scale.shape)}"
+            )
+        # The first of the eight is in the lowest bits, which is the first byte.
+        return cls(weight_packed.view(torch.uint8), weight_scale, "int4", (1, columns // groups), columns)
+
+    # -- what it looks like ----------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, N, K), as of the dense weight."""
+        return torch.Size((*self.values.shape[:2], self.columns))
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device."""
+        return QuantizedWeight(
+            self.values.to(device), self.scales.to(device), self.format, self.block, self.columns
+        )
+
+    def __str__(self) -> str:
+        return f"{self.format} {tuple(self.shape)}, a scale for {self.block[0]} x {self.block[1]}"
+
+    # -- what it stands for ----------------------------------------------------------------------
+
+    def dequantize(self, expert: int | None = None) -> Tensor:
+        """The numbers that it stands for, in float32: (E, N, K), or (N, K) of one expert. The definition."""
+        which = slice(None) if expert is None else expert
+        wide, scales = self._widen(self.values[which]), self._wide_scales(self.scales[which])
+        rows, columns = self.block
+        if rows > 1:
+            scales = scales.repeat_interleave(rows, -2)[..., : wide.shape[-2], :]
+        if self.columns % columns == 0:
+            wide.unflatten(-1, (-1, columns)).mul_(scales[..., None])
+            return wide
+        return wide.mul_(scales.repeat_interleave(columns, -1)[..., : self.columns])
+
+    def _widen(self, values: Tensor) -> Tensor:
+        if self.format == "fp8":
+            return values.float()
+        codes = torch.tensor(CODES[self.format], device=values.device)
+        pairs = torch.stack([codes.repeat(16), codes.repeat_interleave(16)], 1)  # of a byte: low, high half
+        wide = pairs.index_select(0, values.reshape(-1).int()).view(*values.shape[:-1], -1)
+        return wide if wide.shape[-1] == self.columns else wide[..., : self.columns].contiguous()
+
+    def _wide_scales(self, scales: Tensor) -> Tensor:
+        if self.format != "mxfp4":
+            return scales.float()
+        bits = scales.int() << 23  # the exponent of a float32; 0 is of numbers without a leading 1
+        return torch.where(scales == 0, 0x00400000, bits).view(torch.float32)
+
+    # -- what is refused -------------------------------------------------------------------------
+
+    def _check_values(self) -> None:
+        wanted = torch.float8_e4m3fn if self.format == "fp8" else torch.uint8
+        last = self.columns if self.format == "fp8" else -(-self.columns // 2)
+        layout = "(E, N, K)" if self.format == "fp8" else "(E, N, ceil(K / 2))"
+        _check_tensor("values", self.values, (wanted,))
+        shape = tuple(self.values.shape)
+        if len(shape) != 3 or min(shape) < 1 or self.columns < 1 or shape[2] != last:
+            raise ValueError(
+                f"values must be {layout} with K = {self.columns} in {self.format}, got shape {shape}"
+            )
+        if self.format == "fp8" and ((self.values.view(torch.uint8) & 0x7F) == 0x7F).any():
+            raise ValueError("values must be numbers, got NaN")
+
+    def _check_scales(self) -> None:
+        _check_tensor("scales", self.scales, SCALE_DTYPES[self.format])
+        experts, rows, columns = self.shape
+        wanted = (experts, -(-rows // self.block[0]), -(-columns // self.block[1]))
+        if tuple(self.scales.shape) != wanted:
+            raise ValueError(
+                f"scales must be {wanted}, one for each {self.block[0]} x {self.block[1]} of "
+                f"{tuple(self.shape)}, got shape {tuple(self.scales.shape)}"
+            )
+        if self.scales.device != self.values.device:
+            raise ValueError(f"scales are on {self.scales.device}, but values on {self.values.device}")
+        if self.format == "mxfp4":
+            if (self.scales == 255).any():
+                raise ValueError("scales must be exponents of 0 to 254, got 255, which stands for NaN")
+        elif not ((self.scales > 0) & (self.scales < torch.inf)).all():
+            worst = self.scales.flatten()[(~((self.scales > 0) & (self.scales < torch.inf))).flatten()][0]
+            raise ValueError(f"scales must be positive and finite, got {worst.item()}")
+
+
+def _check_block(format: str, block: tuple[int, int]) -> None:
+    if not (isinstance(block, tuple) and len(block) == 2 and all(type(size) is int for size in block)):
+        raise TypeError(f"block must be (rows, columns), two integers, got {block!r}")
+    rows, columns = block
+    if columns < 16 or columns & (columns - 1):
+        raise ValueError(f"block must have a power of two of at least 16 as columns, got {block}")
+    if rows < 1 or (rows != 1 and format != "fp8"):
+        raise ValueError(f"block must have {'1 row or more' if format == 'fp8' else '1 row'}, got {block}")
+    if format == "mxfp4" and columns != 32:
+        raise ValueError(f"block must be (1, 32) in mxfp4, got {block}")
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must be in memory, got a tensor on the meta device")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+# -- quantising dense weights ------------------------------------------------------------------------------
+
+
+def quantize_fp8(weight: Tensor, block: tuple[int, int] = (128, 128)) -> QuantizedWeight:
+    """Quantise (E, N, K) of any floating-point dtype to float8_e4m3fn, the largest of a block becoming 448.
+
+    One expert at a time. Raises TypeError, ValueError for what is no such tensor, or not finite.
+    """
+    _check_block("fp8", block)
+    rows, columns = block
+
+    def quantize(expert: Tensor) -> tuple[Tensor, Tensor]:
+        n, k = expert.shape
+        blocks = _padded(expert, rows, columns).unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+        scales = _scale_of(blocks.abs().amax((1, 3), keepdim=True), 448.0, torch.float32)
+        values = (blocks / scales).clamp_(-448, 448).flatten(2).flatten(0, 1)[:n, :k]
+        return values.contiguous().to(torch.float8_e4m3fn), scales[:, 0, :, 0]
+
+    return _by_expert(weight, quantize, "fp8", block)
+
+
+def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
+    """Quantise (E, N, K) of any floating-point dtype to 4-bit floating point, 32 of a row to a power of two.
+
+    Of the two powers that come into question, one cuts the largest numbers off and one has coarser steps:
+    the one with the least squared error is taken. One expert at a time. Raises as :func:`quantize_fp8`.
+    """
+
+    def quantize(expert: Tensor) -> tuple[Tensor, Tensor]:
+        groups = _padded(expert, 1, 32).unflatten(1, (-1, 32))
+        # The largest number is in [2 ** (n - 1), 2 ** n), and 4 is the largest power of two among the values.
+        exponents = torch.frexp(groups.abs().amax(2, keepdim=True)).exponent - 3
+        tried = [(exponents + more).clamp_(-127, 127) for more in (0, 1)]
+        one = torch.ones_like(groups[:, :, :1])
+        best, codes = _least_error(groups, [torch.ldexp(one, n) for n in tried], _e2m1)
+        exponents = torch.where(best == 0, tried[0], tried[1])
+        return _packed(codes.flatten(1)[:, : expert.shape[1]]), (exponents[..., 0] + 127).to(torch.uint8)
+
+    return _by_expert(weight, quantize, "mxfp4", (1, 32))
+
+
+def quantize_int4(weight: Tensor, group_size: int = 128) -> QuantizedWeight:
+    """Quantise (E, N, K) of any floating-point dtype to integers of -8 to 7, a 16-bit scale for each group.
+
+    The scale is the one of INT4_DIVISORS with the least squared error; in the weight's dtype if that has 16
+    bits, else bfloat16. One expert at a time. Raises as :func:`quantize_fp8`.
+
+    Args:
+        group_size: numbers of a row that share a scale: a power of two, at least 16. It need not divide K.
+    """
+    block = (1, group_size)
+    _check_block("int4", block)
+    dtype = torch.float16 if isinstance(weight, Tensor) and weight.dtype == torch.float16 else torch.bfloat16
+
+    def quantize(expert: Tensor) -> tuple[Tensor, Tensor]:
+        groups = _padded(expert, 1, group_size).unflatten(1, (-1, group_size))
+        peaks = groups.abs().amax(2, keepdim=True)
+        tried = [_scale_of(peaks, divisor, dtype) for divisor in INT4_DIVISORS]
+        best, codes = _least_error(groups, tried, _int4)
+        scales = torch.stack(tried).gather(0, best[None])[0]
+        return _packed(codes.flatten(1)[:, : expert.shape[1]]), scales[..., 0].to(dtype)
+
+    return _by_expert(weight, quantize, "int4", block)
+
+
+QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
+    "fp8": quantize_fp8,
+    "mxfp4": quantize_mxfp4,
+    "int4": quantize_int4,
+}
+
+
+def _by_expert(
+    weight: Tensor,
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    format: str,
+    block: tuple[int, int],
+) -> QuantizedWeight:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a dense floating-point tensor, got {got}")
+    if weight.dim() != 3 or weight.numel() == 0:
+        raise ValueError(f"weight must be (E, N, K), none of them 0, got shape {tuple(weight.shape)}")
+    if not weight.isfinite().all():
+        raise ValueError("weight must be finite, got infinity or NaN")
+    with torch.no_grad():
+        values, scales = zip(*(quantize(expert.float()) for expert in weight), strict=True)
+        return QuantizedWeight(torch.stack(values), torch.stack(scales), format, block, weight.shape[2])
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """With zeros, up to multiples of these."""
+    n, k = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, -k % columns, 0, -n % rows))
+
+
+def _scale_of(peaks: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
+    """Peak over divisor as ``dtype`` has it, in float32. 1 where all is zero."""
+    scales = (peaks / divisor).to(dtype).float().clamp_(min=torch.finfo(dtype).tiny)
+    return torch.where(peaks == 0, 1.0, scales)
+
+
+def _int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest codes, and what they stand for."""
+    rounded = x.round().clamp_(-8, 7)
+    return (rounded + 8).to(torch.uint8), rounded
+
+
+def _e2m1(x: Tensor) -> tuple[Tensor, Tensor]:
+    magnitudes = torch.tensor(E2M1, device=x.device)
+    code = torch.bucketize(x.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
+    return (code + 8 * (x < 0)).to(torch.uint8), magnitudes[code].copysign(x)
+
+
+def _least_error(
+    groups: Tensor, scales: list[Tensor], encode: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Which of these scales is the best for every group, (N, groups, 1), and the codes with it."""
+    least = torch.full_like(scales[0], torch.inf)
+    best = torch.zeros_like(least, dtype=torch.int64)
+    codes = torch.zeros_like(groups, dtype=torch.uint8)
+    for number, scale in enumerate(scales):
+        code, value = encode(groups / scale)
+        error = (value * scale - groups).square().sum(2, keepdim=True)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, number, best)
+        codes = torch.where(better, code, codes)
+    return best, codes
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Two codes of a row in a byte, the first in its low half; a missing last one is 0."""
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] | codes[:, 1::2] << 4

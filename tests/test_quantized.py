@@ -1,0 +1,363 @@
+"""Quantised weights: what they stand for, what they cost, what is refused, and `moe` with them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import qllm_ops
+from qllm_ops import MoeRun, PriorityFlag, QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
+from qllm_ops.quantized import CODES, FORMATS, QUANTIZERS
+from qllm_ops.testing import (
+    MoeCase,
+    Step,
+    assert_close,
+    assert_preemptible,
+    moe_cases,
+    poisoned_empty,
+    quantize,
+    schedules,
+)
+
+GAUSSIAN, HEAVY = "gaussian", "heavy-tailed"
+
+
+def weights(kind=GAUSSIAN, shape=(2, 256, 512), dtype=torch.bfloat16):
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(shape, generator=draw)
+    if kind == HEAVY:  # Student's t of three degrees of freedom
+        normal /= torch.randn(*shape, 3, generator=draw).square().mean(-1).sqrt()
+    return (0.02 * normal).to(dtype)
+
+
+def error(weight: QuantizedWeight | torch.Tensor, dense: torch.Tensor) -> float:
+    """Relative RMS."""
+    wide = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+    return float((wide - dense.float()).square().mean().sqrt() / dense.float().square().mean().sqrt())
+
+
+# -- what they stand for ---------------------------------------------------------------------------------
+
+
+def by_hand(weight: QuantizedWeight) -> torch.Tensor:
+    """One number after the other."""
+    result = torch.empty(weight.shape)
+    for e, n, k in torch.cartesian_prod(*(torch.arange(size) for size in weight.shape)).tolist():
+        scale = weight.scales[e, n // weight.block[0], k // weight.block[1]]
+        scale = 2.0 ** (int(scale) - 127) if weight.format == "mxfp4" else float(scale)
+        if weight.format == "fp8":
+            value = float(weight.values[e, n, k])
+        else:
+            value = CODES[weight.format][int(weight.values[e, n, k // 2]) >> (4 * (k % 2)) & 15]
+        result[e, n, k] = value * scale
+    return result
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 13, 16), (1, 25, 49), (3, 4, 97)], ids=str)
+def test_the_definition(format, shape):
+    weight = quantize(weights(shape=shape), format)
+    assert weight.shape == shape
+    assert torch.equal(weight.dequantize(), by_hand(weight))
+    for expert in range(shape[0]):
+        assert torch.equal(weight.dequantize(expert), weight.dequantize()[expert])
+
+
+@given(
+    format=st.sampled_from(FORMATS),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 70)),
+    power=st.integers(-30, 30),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_no_number_is_further_off_than_half_a_step(format, shape, power, dtype):
+    """Within the range; what is cut off at its end is off by less than the largest step would be."""
+    dense = (torch.randn(shape, generator=torch.Generator().manual_seed(power)) * 2.0**power).to(dtype)
+    dense[:, ::3] = 0
+    weight = quantize(dense, format)
+    off = (weight.dequantize() - dense.float()).abs()
+    assert not off[:, ::3].any()
+    peaks = dense.float().abs().amax((1, 2), keepdim=True)
+    assert (off <= peaks * {"fp8": 17 / 448, "mxfp4": 1 / 3, "int4": 0.3}[format]).all()
+    assert dense.float().abs().max() <= weight.largest * 1.5
+
+
+def test_what_can_be_represented_is_kept():
+    scales = torch.tensor([2.0**-20, 1.0, 2.0**30])[:, None, None]
+    for format, numbers in (
+        ("fp8", torch.arange(-448.0, 449, 32)),
+        ("mxfp4", torch.tensor(CODES["mxfp4"])),
+        ("int4", torch.arange(-8.0, 8)),
+    ):
+        dense = torch.nn.functional.pad(numbers, (0, 32 - len(numbers))).expand(3, 2, 32) * scales
+        assert torch.equal(quantize(dense, format).dequantize(), dense)
+
+
+def test_mxfp4_is_what_transformers_makes_of_a_checkpoint():
+    draw = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (2, 6, 3, 16), generator=draw, dtype=torch.uint8)
+    scales = torch.randint(100, 140, (2, 6, 3), generator=draw, dtype=torch.uint8)
+    ours = QuantizedWeight.from_mxfp4(blocks, scales)
+    assert ours.shape == (2, 6, 96)
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # which it transposes
+    assert torch.equal(ours.dequantize(), theirs.mT)
+
+
+def test_the_ends_of_the_exponents():
+    values = torch.full((1, 2, 16), 0x22, dtype=torch.uint8)  # all are 1
+    weight = QuantizedWeight(values, torch.tensor([[[0], [254]]], dtype=torch.uint8), "mxfp4", (1, 32), 32)
+    assert weight.dequantize()[0, :, 0].tolist() == [2.0**-127, 2.0**127]
+
+
+def test_int4_is_read_from_a_checkpoint():
+    """As compressed-tensors packs: eight numbers of a row in an int32, the first lowest, each 8 too large."""
+    draw = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-8, 8, (2, 3, 64), generator=draw)
+    shifts = 4 * torch.arange(8)
+    packed = ((numbers + 8).unflatten(2, (-1, 8)) << shifts).sum(-1)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    scales = torch.rand(2, 3, 2, generator=draw).bfloat16() + 0.1
+    weight = QuantizedWeight.from_compressed_tensors(packed, scales)
+    assert (weight.block, weight.shape) == ((1, 32), (2, 3, 64))
+    assert torch.equal(weight.dequantize(), numbers * scales.float().repeat_interleave(32, 2))
+
+
+def test_fp8_scales_may_be_exponents():
+    dense = weights()
+    weight = quantize_fp8(dense)
+    rounded = weight.scales.to(torch.float8_e8m0fnu)
+    read = QuantizedWeight.from_fp8(weight.values, rounded)
+    assert read.scales.dtype == torch.float32
+    assert torch.equal(read.scales, rounded.float())
+
+
+def test_a_copy_elsewhere_is_the_same():
+    weight = quantize_int4(weights(), 32)
+    assert torch.equal(weight.to("cpu").dequantize(), weight.dequantize())
+
+
+# -- what they cost --------------------------------------------------------------------------------------
+
+
+def published(dense: torch.Tensor, format: str) -> list[torch.Tensor]:
+    """What other implementations make of the weight, in float32."""
+    if format == "fp8":
+        config = SimpleNamespace(weight_block_size=(128, 128), scale_fmt="float")
+        quantizer = Fp8Quantize(SimpleNamespace(quantization_config=config))
+        values, scales = quantizer._quantize_one("w", dense).values()
+        return [QuantizedWeight.from_fp8(values, scales).dequantize()]
+    wide = dense.float()
+    if format == "int4":  # compressed-tensors, symmetric, observed minimum and maximum
+        groups = dense.unflatten(2, (-1, 128))
+        scales = (groups.abs().amax(3, keepdim=True) / 7.5).float()
+        return [((groups.float() / scales).round().clamp(-8, 7) * scales).flatten(2)]
+    groups = wide.unflatten(2, (-1, 32))
+    peaks = groups.abs().amax(3, keepdim=True)
+    codes = torch.tensor(sorted(set(CODES["mxfp4"])))
+    results = []
+    # The OCP specification's power of two, and the least one that cuts nothing off.
+    for scales in (2.0 ** (peaks.log2().floor() - 2), 2.0 ** (peaks / 6).log2().ceil()):
+        nearest = ((groups / scales)[..., None] - codes).abs().argmin(-1)
+        results.append((codes[nearest] * scales).flatten(2))
+    return results
+
+
+@pytest.mark.parametrize("kind", [GAUSSIAN, HEAVY])
+@pytest.mark.parametrize(
+    ("format", "most"), [("fp8", (0.027, 0.027)), ("mxfp4", (0.114, 0.15)), ("int4", (0.105, 0.25))]
+)
+def test_the_error_is_no_larger_than_of_published_implementations(format, most, kind):
+    dense = weights(kind)
+    ours = error(QUANTIZERS[format](dense), dense)
+    assert ours <= most[kind == HEAVY]
+    for theirs in published(dense, format):
+        assert ours <= error(theirs, dense) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "bits"),
+    [
+        (quantize_fp8, 8 + 32 / 128**2),
+        (quantize_mxfp4, 4.25),
+        (lambda w: quantize_int4(w, 32), 4 + 16 / 32),
+        (lambda w: quantize_int4(w, 128), 4 + 16 / 128),
+        (lambda w: quantize_int4(w.half(), 128), 4 + 16 / 128),
+        (lambda w: quantize_int4(w.float(), 128), 4 + 16 / 128),
+    ],
+)
+def test_memory_is_the_arithmetic_of_the_format(make, bits):
+    for shape in ((2, 256, 512), (3, 200, 2880), (1, 5760, 1000)):
+        dense = weights(shape=shape)
+        assert make(dense).nbytes == pytest.approx(dense.numel() * bits / 8, rel=0.03)
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+INT4 = quantize_int4(weights(shape=(2, 8, 64)), 16)
+MXFP4 = quantize_mxfp4(weights(shape=(2, 8, 64)))
+FP8 = quantize_fp8(weights(shape=(2, 8, 64)), (4, 16))
+
+
+def changed(tensor, value):
+    tensor = tensor.clone()
+    tensor.flatten()[5] = value
+    return tensor
+
+
+BAD = [
+    # a good one, what is changed, error, words of the message besides the field's name
+    (INT4, {"format": "int3"}, ValueError, ["fp8, mxfp4, int4", "'int3'"]),
+    (INT4, {"values": INT4.values[..., :-1].contiguous()}, ValueError, ["ceil(K / 2)", "64", "(2, 8, 31)"]),
+    (INT4, {"values": INT4.values[0]}, ValueError, ["(E, N, ceil(K / 2))", "(8, 32)"]),
+    (INT4, {"values": INT4.values.int()}, TypeError, ["uint8", "int32"]),
+    (INT4, {"values": None}, TypeError, ["dense tensor", "NoneType"]),
+    (INT4, {"values": INT4.values.to("meta")}, ValueError, ["in memory", "meta"]),
+    (INT4, {"values": INT4.values.mT.contiguous().mT}, ValueError, ["contiguous", "strides"]),
+    (FP8, {"values": FP8.values.float()}, TypeError, ["float8_e4m3fn", "float32"]),
+    (FP8, {"values": FP8.values[..., ::2].contiguous()}, ValueError, ["K = 64", "(2, 8, 32)"]),
+    (
+        FP8,
+        {"values": changed(FP8.values.view(torch.uint8), 0xFF).view(torch.float8_e4m3fn)},
+        ValueError,
+        ["NaN"],
+    ),
+    (INT4, {"scales": INT4.scales[..., :-1].contiguous()}, ValueError, ["(2, 8, 4)", "(2, 8, 3)"]),
+    (INT4, {"scales": INT4.scales.mT.contiguous()}, ValueError, ["(2, 8, 4)", "(2, 4, 8)"]),
+    (INT4, {"scales": INT4.scales.double()}, TypeError, ["bfloat16", "float64"]),
+    *(
+        (good, {"scales": changed(good.scales, value)}, ValueError, ["positive and finite", word])
+        for good in (INT4, FP8)
+        for value, word in ((0.0, "0.0"), (-0.5, "-0.5"), (float("nan"), "nan"), (float("inf"), "inf"))
+    ),
+    (MXFP4, {"scales": changed(MXFP4.scales, 255)}, ValueError, ["0 to 254", "255"]),
+    (MXFP4, {"scales": MXFP4.scales.float()}, TypeError, ["uint8", "float32"]),
+    (FP8, {"scales": FP8.scales.bfloat16()}, TypeError, ["float32", "bfloat16"]),
+    (FP8, {"block": (8, 16)}, ValueError, ["scales", "(2, 1, 4)", "(2, 2, 4)"]),
+    (INT4, {"block": (1, 24)}, ValueError, ["power of two", "(1, 24)"]),
+    (INT4, {"block": (1, 8)}, ValueError, ["at least 16", "(1, 8)"]),
+    (INT4, {"block": (2, 16)}, ValueError, ["1 row", "(2, 16)"]),
+    (MXFP4, {"block": (1, 64)}, ValueError, ["(1, 32)", "(1, 64)"]),
+    (INT4, {"block": 16}, TypeError, ["(rows, columns)", "16"]),
+    (INT4, {"columns": 62}, ValueError, ["values", "K = 62"]),
+]
+
+
+@pytest.mark.parametrize(("good", "change", "kind", "words"), BAD)
+def test_a_bad_description_is_refused_when_it_is_made(good, change, kind, words):
+    with pytest.raises(kind) as caught:
+        replace(good, **change)
+    for word in [*change] * (change.keys() & {"values", "scales", "format"} != set()) + words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values())
+def test_what_cannot_be_quantised(quantizer):
+    for weight, kind, word in (
+        (None, TypeError, "NoneType"),
+        (torch.ones(2, 8, 16, dtype=torch.int64), TypeError, "int64"),
+        (torch.ones(8, 16), ValueError, "(8, 16)"),
+        (torch.ones(2, 0, 16), ValueError, "(2, 0, 16)"),
+        (torch.full((2, 8, 16), float("nan")), ValueError, "NaN"),
+    ):
+        with pytest.raises(kind, match="weight must be") as caught:
+            quantizer(weight)
+        assert word in str(caught.value)
+
+
+def test_groups_that_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"block.*power of two.*\(1, 100\)"):
+        quantize_int4(weights(), 100)
+    with pytest.raises(ValueError, match=r"block.*power of two.*\(128, 100\)"):
+        quantize_fp8(weights(), (128, 100))
+    packed = torch.zeros(2, 3, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"weight_scale must be .* K = 64 .*\(2, 3, 5\)"):
+        QuantizedWeight.from_compressed_tensors(packed, torch.ones(2, 3, 5))
+    with pytest.raises(TypeError, match=r"weight_packed must be int32.*got torch.uint8"):
+        QuantizedWeight.from_compressed_tensors(packed.byte(), torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match=r"blocks must be .*16.*got \(2, 3, 8\)"):
+        QuantizedWeight.from_mxfp4(packed, packed)
+
+
+def arguments(**changes):
+    case = MoeCase(5, 32, 48, 2, 1, dtype=torch.bfloat16, quantized="int4")
+    return {**case.tensors(), **changes}
+
+
+HUGE = torch.full((2, 96, 32), 1e6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"down_proj": torch.zeros(2, 32, 48).bfloat16()}, TypeError, ["gate_up_proj", "int4", "dense"]),
+        ({"gate_up_proj": torch.zeros(2, 96, 32).bfloat16()}, TypeError, ["down_proj", "dense", "int4"]),
+        ({"down_proj": quantize_mxfp4(torch.ones(2, 32, 48))}, TypeError, ["alike", "int4 and mxfp4"]),
+        ({"down_proj": quantize_int4(torch.ones(2, 48, 32))}, ValueError, ["down_proj", "H = 32"]),
+        ({"gate_up_proj": quantize_int4(torch.ones(2, 96, 33))}, ValueError, ["gate_up_proj", "(2, 96, 33)"]),
+        ({"transposed": True}, ValueError, ["transposed", "quantised"]),
+        (
+            {"hidden_states": torch.zeros(5, 32).half(), "gate_up_proj": quantize_int4(HUGE)},
+            ValueError,
+            ["gate_up_proj", "float16", "wanted bfloat16 or float32"],
+        ),
+        ({"hidden_states": torch.zeros(5, 32).double()}, TypeError, ["hidden_states", "float64"]),
+    ],
+)
+def test_bad_calls_are_refused_by_name(changes, kind, words):
+    for call in (qllm_ops.moe, MoeRun):
+        with pytest.raises(kind) as caught:
+            call(**arguments(**changes))
+        for word in words:
+            assert word in str(caught.value)
+
+
+def test_a_group_of_one_weight_may_differ_from_the_others():
+    tensors = arguments()
+    other = quantize_int4(tensors["down_proj"].dequantize(), 32)
+    expected = qllm_ops.moe_reference(**{**tensors, "down_proj": other})
+    output = qllm_ops.moe(**{**tensors, "down_proj": other})
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-3)
+
+
+# -- what `moe` computes with them -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("routing", ["distinct", "empty_expert", "one_expert", "out_of_range"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_preemption_at_every_tile(format, routing, dtype):
+    gpt_oss = qllm_ops.Activation("silu", alpha=1.702, limit=7.0, up_offset=1.0)
+    case = MoeCase(
+        37, 49, 35, 5, 2, dtype=dtype, routing=routing, quantized=format, activation=gpt_oss,
+        layout="interleaved", biases=True,
+    )  # fmt: skip
+    with poisoned_empty():
+        expected = qllm_ops.moe(**case.tensors(), backend="torch")
+        assert_close(expected, case)
+        flag = PriorityFlag()
+        make_run = lambda: MoeRun(**case.tensors(), flag=flag, backend="torch")  # noqa: E731
+        assert_preemptible(make_run, expected, [Step(1)] * make_run().tiles_total, flag)
+
+
+@given(case=moe_cases(), format=st.sampled_from(FORMATS), schedule=schedules())
+def test_any_quantised_layer_under_any_schedule(case, format, schedule):
+    layout = case.layout.removeprefix("transposed_").removesuffix("_transposed")
+    case = replace(case, quantized=format, layout="concatenated" if layout == "transposed" else layout)
+    flag = PriorityFlag()
+    with poisoned_empty():
+        expected = qllm_ops.moe(**case.tensors(), backend="torch")
+        assert_close(expected, case)
+        make_run = lambda: MoeRun(**case.tensors(), flag=flag, backend="torch")  # noqa: E731
+        assert_preemptible(make_run, expected, schedule, flag)
+
+
+def test_quantised_calls_break_a_compiled_graph_and_are_right():
+    tensors = arguments()
+    names = ("gate_up_proj", "down_proj", "top_k_index", "top_k_weights")
+    call = lambda x: 2 * qllm_ops.moe(x, *(tensors[name] for name in names))  # noqa: E731
+    compiled = torch.compile(call, backend="eager")(tensors["hidden_states"])
+    assert torch.equal(compiled, call(tensors["hidden_states"]))
