@@ -49,7 +49,8 @@ class QuantizedWeight:
     Attributes:
         values: (E, N, K) float8_e4m3fn, or (E, N, ceil(K / 2)) uint8 with two numbers a byte.
         scales: (E, ceil(N / block[0]), ceil(K / block[1])), positive and finite. float32 for "fp8"; bfloat16,
-            float16 or float32 for "int4"; uint8 exponents n for "mxfp4", standing for 2 ** (n - 127).
+            float16 or float32 for "int4"; uint8 exponents n for "mxfp4", standing for 2 ** (n - 127). A copy
+            of what was given, if it takes one for rows to begin at multiples of 4 bytes.
         format: "fp8", "mxfp4" or "int4".
         block: rows and columns that share a scale; the last of either may be shorter. Columns are a power of
             two, at least 16. One row except in "fp8"; 32 columns in "mxfp4".
@@ -73,6 +74,7 @@ class QuantizedWeight:
         _check_block(self.format, self.block)
         self._check_values()
         self._check_scales()
+        object.__setattr__(self, "scales", _with_whole_words(self.scales))
         largest = LARGEST[self.format] * self._wide_scales(self.scales).max().item()
         object.__setattr__(self, "largest", largest)
 
@@ -131,7 +133,7 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.scales.stride(0) * self.scales.shape[0] * self.scales.itemsize
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device."""
@@ -223,8 +225,20 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.is_meta:
         raise ValueError(f"{name} must be in memory, got a tensor on the meta device")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if name == "values" and not tensor.is_contiguous():
+        raise ValueError(f"values must be contiguous, got strides {tensor.stride()}")
+
+
+def _with_whole_words(scales: Tensor) -> Tensor:
+    """The scales, with rows that begin at multiples of 4 bytes, the least that kernels load ahead."""
+    experts, rows, columns = scales.shape
+    in_word = 4 // scales.itemsize
+    stride = -(-columns // in_word) * in_word
+    if scales.stride() == (rows * stride, stride, 1):
+        return scales
+    padded = scales.new_zeros(experts, rows, stride)
+    padded[..., :columns] = scales
+    return padded[..., :columns]
 
 
 # -- quantising dense weights ------------------------------------------------------------------------------

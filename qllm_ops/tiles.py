@@ -89,6 +89,9 @@ PARTIAL_BYTES = 64 * 2**20
 MAX_PHASES = 32
 """Most launches of a layer: the first product, and two for each chunk of columns. A power of two."""
 
+WEIGHT_BITS = {"fp8": 8, "mxfp4": 4.25, "int4": 4.5}
+"""Of a number of quantised weights with its share of a scale; of int4 in groups of 32, as in checkpoints."""
+
 MAX_PARTS = 4
 """Most parts of a sum in down: each is written and read again, (T * K, H) elements a part."""
 
@@ -175,7 +178,7 @@ INTERPRETER = {
 
 def tile_config(
     phase: str, *, num_tokens: int, top_k: int, num_experts: int, n: int, k: int, dtype: torch.dtype,
-    arch: str, max_exit_us: float = EXIT_US, device_name: str | None = None,
+    arch: str, max_exit_us: float = EXIT_US, device_name: str | None = None, weights: str | None = None,
 ) -> TileConfig:  # fmt: skip
     """The tiles of one phase of one layer.
 
@@ -190,17 +193,18 @@ def tile_config(
             and sums not into more than MAX_PARTS; what is still too long is left halfway (``exit_k``). A
             very small number may not be reached. How a sum is cut into parts shows in its last bits.
         device_name: whose tuned table is looked at before the heuristics; None for the heuristics alone.
+        weights: the format of quantised weights, for which nothing is tuned yet; None for dense ones.
     """
     check_max_exit_us(max_exit_us)
     if arch == "interpreter":
         return INTERPRETER[phase]
     most_rows, block_m, read_once = row_class(num_tokens, top_k, num_experts)
-    table = tuned_table(device_name, arch)
+    table = tuned_table(device_name if weights is None else None, arch)
     tuned = table.get(TileKey(phase, most_rows, n, k, _dtype_name(dtype))) if table else None
     if phase == "combine":
         return tuned or _combine(n, dtype)
-    config = tuned or _fastest(phase, block_m, dtype, arch)
-    return within_exit(phase, config, k, dtype, arch, read_once, max_exit_us)
+    config = tuned or _fastest(phase, block_m, dtype, arch, weights)
+    return within_exit(phase, config, k, dtype, arch, read_once, max_exit_us, weights)
 
 
 def check_max_exit_us(max_exit_us: float) -> None:
@@ -224,39 +228,56 @@ def _combine(n: int, dtype: torch.dtype) -> TileConfig:
     return TileConfig(1, max(block_n, 128), 1, 4, 1, 8)
 
 
-def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str) -> TileConfig:
+def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str, weights: str | None) -> TileConfig:
     table = TILES_32_BIT if dtype.itemsize == 4 else TILES_16_BIT[{"sm_86": "sm_80"}.get(arch, arch)]
     config = table[phase][block_m]
-    return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch))
+    if weights is not None:
+        config = _for_quantized(config, dtype, arch)
+    return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch, weights))
 
 
-def within_exit(
-    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool, max_exit_us: float
-) -> TileConfig:
-    """``config`` with narrower tiles, in down shorter sums, and an exit inside of what is still too long."""
-    sides = 2 if phase == "gate_up" else 1
-    while (
-        tile_us(phase, config, k, dtype, arch, read_once) > max_exit_us
-        and config.block_n * sides // 2 >= MIN_WEIGHT_ROWS[config.block_m]
-    ):
-        config = replace(config, block_n=config.block_n // 2)
-        if config.block_m == 16 and arch != "gfx942":  # Keep the bytes of a stage.
-            config = replace(config, block_k=config.block_k * 2)
-    if phase == "down":
-        # A part must stay long enough for its loads to get into step: four turns of the inner loop.
-        parts = config.split_k * math.ceil(tile_us(phase, config, k, dtype, arch, read_once) / max_exit_us)
-        parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
-        config = replace(config, split_k=max(config.split_k, parts))
-    if not config.exit_k and dtype.itemsize == 2:  # the sums of 32 bits spill registers around such an exit
-        config = replace(config, exit_k=_exit_k(phase, config, k, dtype, arch, read_once, max_exit_us))
+def _for_quantized(config: TileConfig, dtype: torch.dtype, arch: str) -> TileConfig:
+    """A tile for dense weights as quantised ones have it."""
+    if dtype.itemsize == 4:
+        # 16 columns of four bits are too few bytes to be copied ahead, and 64 of any spill.
+        return replace(config, block_k=32)
+    if config.block_m <= 32 and arch != "gfx942":
+        # A stage has a half or a quarter of the bytes, so more of them; a longer one spills what it widens.
+        return replace(config, num_stages=6)
+    if config.block_m == 128:
+        # The largest tile's sums leave no registers to widen in.
+        return replace(config, block_n=config.block_n // 2 if arch == "sm_90" else min(64, config.block_n))
     return config
 
 
-def _exit_k(
-    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool, max_exit_us: float
-) -> int:
+def within_exit(
+    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool,
+    max_exit_us: float, weights: str | None = None,
+) -> TileConfig:  # fmt: skip
+    """``config`` with narrower tiles, in down shorter sums, and an exit inside of what is still too long."""
+    sides = 2 if phase == "gate_up" else 1
+    while (
+        tile_us(phase, config, k, dtype, arch, read_once, weights) > max_exit_us
+        and config.block_n * sides // 2 >= MIN_WEIGHT_ROWS[config.block_m]
+    ):
+        config = replace(config, block_n=config.block_n // 2)
+        if config.block_m == 16 and arch != "gfx942":  # Keep the bytes on their way.
+            longer = {"block_k": config.block_k * 2} if weights is None else {"num_stages": 8}
+            config = replace(config, **longer)
+    if phase == "down":
+        # A part must stay long enough for its loads to get into step: four turns of the inner loop.
+        us = tile_us(phase, config, k, dtype, arch, read_once, weights)
+        parts = config.split_k * math.ceil(us / max_exit_us)
+        parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
+        config = replace(config, split_k=max(config.split_k, parts))
+    if not config.exit_k and dtype.itemsize == 2:  # the sums of 32 bits spill registers around such an exit
+        us = tile_us(phase, config, k, dtype, arch, read_once, weights)
+        config = replace(config, exit_k=_exit_k(config, k, us, max_exit_us))
+    return config
+
+
+def _exit_k(config: TileConfig, k: int, us: float, max_exit_us: float) -> int:
     """Columns between two looks at the flag, so that the pieces are alike and short enough; 0: no look."""
-    us = tile_us(phase, config, k, dtype, arch, read_once)
     # Every piece fills the pipeline of loads anew, so none is shorter than two such fillings.
     shortest = 2 * config.num_stages * config.block_k
     part = k // config.split_k
@@ -264,34 +285,51 @@ def _exit_k(
     return math.ceil(part / pieces / config.block_k) * config.block_k if pieces > 1 else 0
 
 
-def tile_us(phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool) -> float:
+def tile_us(
+    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool,
+    weights: str | None = None,
+) -> float:  # fmt: skip
     """Microseconds that a tile takes at the device's peak rates, with all its multiprocessor's programs busy.
 
     ``read_once``: every tile waits for its own weights to come from memory; else they are in the cache.
     """
     sm = MULTIPROCESSORS[arch]
-    weights = config.block_n * (2 if phase == "gate_up" else 1) * k / config.split_k
-    us = config.block_m * weights / (sm.fp32_macs_per_us if dtype.itemsize == 4 else sm.macs_per_us)
+    numbers = config.block_n * (2 if phase == "gate_up" else 1) * k / config.split_k
+    us = config.block_m * numbers / (sm.fp32_macs_per_us if dtype.itemsize == 4 else sm.macs_per_us)
     if read_once:
-        us = max(us, weights * dtype.itemsize / sm.bytes_per_us)
+        us = max(us, numbers * weight_bytes(dtype, weights) / sm.bytes_per_us)
     return config.programs_per_sm * us
 
 
-def leave_us(phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool) -> float:
+def leave_us(
+    phase: str, config: TileConfig, k: int, dtype: torch.dtype, arch: str, read_once: bool,
+    weights: str | None = None,
+) -> float:  # fmt: skip
     """Microseconds that a program told to leave takes at most: those of a tile, or of a piece of its sums."""
-    us = tile_us(phase, config, k, dtype, arch, read_once)
+    us = tile_us(phase, config, k, dtype, arch, read_once, weights)
     return us * min(1.0, config.exit_k * config.split_k / k) if config.exit_k else us
 
 
-def shared_bytes(phase: str, config: TileConfig, dtype: torch.dtype) -> int:
+def weight_bytes(dtype: torch.dtype, weights: str | None) -> float:
+    """Bytes that a number of the weights takes, its share of a scale included where scales are the most."""
+    return dtype.itemsize if weights is None else WEIGHT_BITS[weights] / 8
+
+
+def shared_bytes(phase: str, config: TileConfig, dtype: torch.dtype, weights: str | None = None) -> int:
     """Shared memory that the stages of one program take, in bytes, at most."""
-    rows = config.block_m + config.block_n * (2 if phase == "gate_up" else 1)
-    return rows * config.block_k * dtype.itemsize * config.num_stages
+    rows = config.block_n * (2 if phase == "gate_up" else 1)
+    stage = (config.block_m * dtype.itemsize + rows * weight_bytes(dtype, weights)) * config.block_k
+    if weights is None:
+        return int(stage * config.num_stages)
+    # A row's scales come in words of 4 bytes, and what is widened goes through shared memory once more.
+    return int((stage + 4 * rows) * config.num_stages + rows * config.block_k * dtype.itemsize)
 
 
-def _programs_that_fit(phase: str, config: TileConfig, dtype: torch.dtype, arch: str) -> int:
+def _programs_that_fit(
+    phase: str, config: TileConfig, dtype: torch.dtype, arch: str, weights: str | None = None
+) -> int:
     # The driver keeps 1 KB of shared memory for itself in each program.
-    fit = MULTIPROCESSORS[arch].shared_bytes // (shared_bytes(phase, config, dtype) + 1024)
+    fit = MULTIPROCESSORS[arch].shared_bytes // (shared_bytes(phase, config, dtype, weights) + 1024)
     return max(1, min(config.programs_per_sm, fit))
 
 
@@ -303,7 +341,7 @@ does what Triton supports."""
 
 
 def fit_device(
-    configs: dict[str, TileConfig], dtype: torch.dtype, device: torch.device
+    configs: dict[str, TileConfig], dtype: torch.dtype, device: torch.device, weights: str | None = None
 ) -> dict[str, TileConfig]:
     """The configurations of a layer as ``device`` can run them. To be called before anything is launched.
 
@@ -318,8 +356,8 @@ def fit_device(
     available = _shared_bytes_of(device)
     fitting = {}
     for phase, config in configs.items():
-        fitting[phase] = fit_shared(phase, config, dtype, available)
-        needed = shared_bytes(phase, fitting[phase], dtype)
+        fitting[phase] = fit_shared(phase, config, dtype, available, weights)
+        needed = shared_bytes(phase, fitting[phase], dtype, weights)
         if needed > available:
             half = ", and float16 or bfloat16 take half of it" if dtype.itemsize == 4 else ""
             raise ValueError(
@@ -344,9 +382,11 @@ def unsupported(device: torch.device) -> str | None:
     )
 
 
-def fit_shared(phase: str, config: TileConfig, dtype: torch.dtype, available: int) -> TileConfig:
+def fit_shared(
+    phase: str, config: TileConfig, dtype: torch.dtype, available: int, weights: str | None = None
+) -> TileConfig:
     """``config`` with less in shared memory, until it fits or is at its smallest."""
-    while phase != "combine" and shared_bytes(phase, config, dtype) > available:
+    while phase != "combine" and shared_bytes(phase, config, dtype, weights) > available:
         # Fewer loads under way hurt less than shorter ones, and those less than narrower tiles.
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
@@ -526,12 +566,13 @@ MODELS = {
 def layer_configs(
     *, num_tokens: int, top_k: int, num_experts: int, hidden_size: int, intermediate_size: int,
     dtype: torch.dtype, arch: str, max_exit_us: float = EXIT_US, device_name: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, TileConfig]:  # fmt: skip
     """The tiles of all phases of one layer. Arguments as of :func:`tile_config`."""
     layer = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
     device = {"arch": arch, "max_exit_us": max_exit_us, "device_name": device_name}
     return {
-        phase: tile_config(phase, n=n, k=k, dtype=dtype, **layer, **device)
+        phase: tile_config(phase, n=n, k=k, dtype=dtype, weights=weights, **layer, **device)
         for phase, (n, k) in phase_sizes(top_k, hidden_size, intermediate_size).items()
     }
 
@@ -570,18 +611,20 @@ def token_counts(top_k: int, num_experts: int) -> list[int]:
     return sorted(set(counts))
 
 
-def shipped_configs(arch: str, dtype: torch.dtype) -> dict[tuple[str, TileConfig], str]:
+def shipped_configs(
+    arch: str, dtype: torch.dtype, weights: str | None = None
+) -> dict[tuple[str, TileConfig], str]:
     """Every (phase, configuration) on ``arch`` of a known model or a tuned table, and the first of them."""
     reached: dict[tuple[str, TileConfig], str] = {}
     for name, (hidden_size, intermediate_size, num_experts, top_k) in MODELS.items():
         for num_tokens in token_counts(top_k, num_experts):
             configs = layer_configs(
                 num_tokens=num_tokens, top_k=top_k, num_experts=num_experts, hidden_size=hidden_size,
-                intermediate_size=intermediate_size, dtype=dtype, arch=arch,
+                intermediate_size=intermediate_size, dtype=dtype, arch=arch, weights=weights,
             )  # fmt: skip
             for item in configs.items():
                 reached.setdefault(item, name)
-    for path in sorted(TUNED.glob("*.json")):
+    for path in sorted(TUNED.glob("*.json")) if weights is None else ():
         table = read_table(path)
         for entry in table["entries"] if table["arch"] == arch else ():
             if entry["key"]["dtype"] == _dtype_name(dtype):

@@ -14,8 +14,9 @@ import torch
 
 from qllm_ops.activation import Activation
 from qllm_ops.flag import FULL, PriorityFlag
-from qllm_ops.inputs import MoeInputs
+from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
+from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import TileConfig, arch_of, fit_device, layer_configs, partial_width, token_counts
 from qllm_ops.torch_moe import checked
 
@@ -82,6 +83,7 @@ class TritonMoe:
             inputs.hidden_states.dtype,
             self.device,
             inputs.max_exit_us,
+            inputs.weight_format,
         )
         if inputs.expert_norm is not None:  # It is a norm of the whole sum.
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
@@ -341,7 +343,6 @@ class TritonMoe:
         if phase.kernel == "gate_up":
             kernels.gate_up[self._grid(phase)](
                 x.hidden_states,
-                x.gate_up_proj,
                 scale_ptr=x.top_k_weights,
                 SCALED=x.weights_on_input,
                 intermediate_ptr=self._intermediate,
@@ -350,19 +351,18 @@ class TritonMoe:
                 **self._activation(),
                 **run,
                 **products,
-                **self._weights("gate_up", x.gate_up_size, x.hidden_size, x.gate_up_bias),
+                **self._weights("gate_up", x.gate_up_proj, x.gate_up_bias),
             )
         elif phase.kernel == "down":
             kernels.down[self._grid(phase)](
                 self._intermediate,
-                x.down_proj,
                 partial_ptr=self._partial,
                 num_pairs=self._pairs,
                 intermediate_size=x.intermediate_size,
                 **chunk,
                 **run,
                 **products,
-                **self._weights("down", x.hidden_size, x.intermediate_size, x.down_bias),
+                **self._weights("down", x.down_proj, x.down_bias),
             )
         else:
             kernels.combine[self._grid(phase)](
@@ -389,18 +389,37 @@ class TritonMoe:
         compiled = {"num_warps": config.num_warps, "enable_fp_fusion": True}
         return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **compiled}
 
-    def _weights(self, phase: str, rows: int, length: int, bias: torch.Tensor | None) -> dict[str, object]:
+    def _weights(self, phase: str, weight: Weight, bias: torch.Tensor | None) -> dict[str, object]:
         """How a phase reads an expert's (rows, length) weights."""
         config, transposed = self.tiles[phase], self.inputs.transposed
+        rows, length = weight.shape[1:] if not transposed else weight.shape[:0:-1]
         # Rows that a tile of contiguous ones takes side by side, and how many there are.
         tile_rows, side = config.block_n * (2 if phase == "gate_up" else 1), rows
         if phase == "gate_up" and self._pairing() == "blocks":
             tile_rows, side = config.block_n, rows // 2
+        if isinstance(weight, QuantizedWeight):
+            lies = {
+                "weight_ptr": weight.values.view(torch.uint8),
+                "weight_scale_ptr": weight.scales,
+                "FORMAT": weight.format,
+                "GROUP_N": weight.block[0],
+                "GROUP_K": weight.block[1],
+                "scale_columns": weight.scales.stride(1),
+                "row_stride": weight.values.shape[2],
+                "k_stride": 1,
+            }
+        else:
+            lies = {
+                "weight_ptr": weight,
+                "weight_scale_ptr": self._state,
+                **dict.fromkeys(("FORMAT", "GROUP_N", "GROUP_K", "scale_columns")),
+                "row_stride": 1 if transposed else length,
+                "k_stride": rows if transposed else 1,
+            }
         return {
+            **lies,
             "bias_ptr": self._state if bias is None else bias,
             "HAS_BIAS": bias is not None,
-            "row_stride": 1 if transposed else length,
-            "k_stride": rows if transposed else 1,
             # A row that does not exist is left out where rows are contiguous, so that 16 bytes of them can be
             # loaded at once; elsewhere another row is read in its place, which needs no mask.
             "MASKED": transposed and side % tile_rows != 0,
@@ -486,7 +505,11 @@ def next_power_of_2(n: int) -> int:
 
 @functools.lru_cache(4096)
 def tiles_for(
-    sizes: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, max_exit_us: float
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_exit_us: float,
+    weights: str | None = None,
 ) -> dict[str, TileConfig]:
     """The tiles of a layer of T, K, E, H, I. ValueError, before any launch, if the device cannot run them."""
     num_tokens, top_k, num_experts, hidden_size, intermediate_size = sizes
@@ -500,8 +523,9 @@ def tiles_for(
         arch=arch_of(device),
         max_exit_us=max_exit_us,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        weights=weights,
     )
-    return fit_device(configs, dtype, device)
+    return fit_device(configs, dtype, device, weights)
 
 
 @functools.cache

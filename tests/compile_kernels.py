@@ -4,9 +4,9 @@
 
 A request is {"kernel": "gate_up", "arch": "sm_90", "dtype": "bf16", "config": {...}}, the fields of the
 configuration being those of qllm_ops.tiles.TileConfig; it may also hold "has_flag", "activation", "even",
-"top_k", "count", "layout" (of LAYOUTS below), and "sass" to have the machine code written too. A record
-repeats the request and adds the registers, the stack, the local and the shared memory in bytes, and the names
-of the files in DIRECTORY.
+"top_k", "count", "layout" (of LAYOUTS below), "format" (of FORMATS), and "sass" to have the machine code
+written too. A record repeats the request and adds the registers, the stack, the local and the shared memory
+in bytes, and the names of the files in DIRECTORY.
 
 It is a program of its own because TRITON_INTERPRET, which the other tests set, is read when a kernel
 is defined. Kernels are compiled as a launch on aligned tensors of even shapes would compile them.
@@ -48,7 +48,19 @@ LAYOUTS = {
     "aria": {**PLAIN, "PAIRS": "blocks", "row_stride": 1, "k_stride": None},
     "llama4": {**PLAIN, "PAIRS": "blocks", "row_stride": 1, "k_stride": None, "SCALED": True},
     "ungated": {**PLAIN, "PAIRS": "none"},
+    # gpt-oss as its checkpoint is quantised: rows are not contiguous.
+    "gpt_oss_rows": {
+        **PLAIN, "ALPHA": 1.702, "LIMIT": 7.0, "UP_OFFSET": 1.0, "PAIRS": "alternating", "HAS_BIAS": True,
+    },
 }  # fmt: skip
+
+# Quantised weights, and the type of their scales. Groups of 32 are the most work for an int4 kernel.
+FORMATS = {
+    None: ({"FORMAT": None, "GROUP_N": None, "GROUP_K": None, "scale_columns": None}, "T"),
+    "fp8": ({"FORMAT": "fp8", "GROUP_N": 128, "GROUP_K": 128}, "fp32"),
+    "mxfp4": ({"FORMAT": "mxfp4", "GROUP_N": 1, "GROUP_K": 32}, "u8"),
+    "int4": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 32}, "T"),
+}
 
 # "T" stands for the type of hidden_states.
 ARGUMENTS = {
@@ -70,6 +82,7 @@ SIZES = {
     "partial_width",
 }  # fmt: skip
 ARGUMENTS |= dict.fromkeys(SIZES, "i32")
+ARGUMENTS["scale_columns"] = "i32"  # a multiple of a word, and often no larger one
 ALIGNED = {*SIZES, *(name for name in ARGUMENTS if name.endswith("_ptr"))}
 ALIGNED.remove("flag_ptr")  # the word of any class
 
@@ -85,11 +98,18 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         "EXIT_K": config.exit_k, "SLOTS": 512 if config.exit_k else 0,
         **LAYOUTS[request.get("layout", "plain")],
     }  # fmt: skip
+    quantized, scale = FORMATS[request.get("format")]
+    constants |= quantized
     kernel = getattr(moe, request["kernel"])
     names = kernel.arg_names
-    types = {name: ARGUMENTS.get(name, "constexpr") for name in names}
-    # A launch makes a constant of an argument that is 1.
+    arguments = {**ARGUMENTS, "weight_scale_ptr": f"*{scale}"}
+    if quantized["FORMAT"]:
+        arguments["weight_ptr"] = "*u8"
+    types = {name: arguments.get(name, "constexpr") for name in names}
+    # A launch makes a constant of an argument that is 1 or None.
     types |= {name: "constexpr" for name in names if constants.get(name) == 1}
+    if "scale_columns" in names and not quantized["FORMAT"]:
+        types["scale_columns"] = "constexpr"
     source = ASTSource(
         fn=kernel,
         signature={name: kind.replace("T", request["dtype"]) for name, kind in types.items()},

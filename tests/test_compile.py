@@ -6,6 +6,7 @@ compiles as bfloat16 does, the largest); HYPOTHESIS_PROFILE=thorough compiles al
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qllm_ops.tiles import MAX_PARTS, PHASES, shipped_configs
+from qllm_ops.quantized import FORMATS
+from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, shared_bytes, shipped_configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = (("sass", True), ("has_flag", False), ("even", False))
@@ -53,7 +55,23 @@ def requests(arch: str) -> list[dict]:
                     chosen.append({**largest, "layout": "llama4"})
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
     routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
-    return [*chosen, *routes]
+    return [*chosen, *quantized_requests(arch), *routes]
+
+
+def quantized_requests(arch: str) -> list[dict]:
+    """The products with quantised weights; mxfp4 with what else gpt-oss has."""
+    chosen = []
+    for dtype, format in itertools.product(DTYPES if THOROUGH else ("bf16",), FORMATS):
+        layout = "gpt_oss_rows" if format == "mxfp4" else "plain"
+        for phase in PRODUCTS:
+            configs = [c for name, c in shipped_configs(arch, DTYPES[dtype], format) if name == phase]
+            configs.sort(key=lambda config: (config.block_m * config.block_n, config.split_k))
+            if not THOROUGH and arch != "sm_90":
+                configs = [configs[0], configs[-1]] if arch == "sm_80" else configs[:1]
+            base = {"kernel": phase, "arch": arch, "dtype": dtype, "format": format, "layout": layout}
+            chosen += [{**base, "config": asdict(config)} for config in configs]
+            chosen.append({**chosen[-1], "even": False})
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +103,14 @@ def select(records: list[dict], kernels=PHASES, **wanted) -> list[dict]:
 
 
 WITH_FLAG = {"has_flag": (True, True)}
-PLAIN = {"activation": ("silu", "silu"), "layout": ("plain", "plain"), "even": (True, True)}
+PLAIN = {
+    "activation": ("silu", "silu"), "layout": ("plain", "plain"), "even": (True, True),
+    "format": (None, None),
+}  # fmt: skip
 
 
 def name(record: dict) -> str:
-    return f"{record['arch']} {record['dtype']} {record['kernel']} {record['config']}"
+    return " ".join(str(record.get(key)) for key in ("arch", "dtype", "format", "kernel", "config"))
 
 
 def loops(ptx: str) -> list[str]:
@@ -118,6 +139,10 @@ def test_all_resident_programs_fit_the_multiprocessor(compiled, arch, limit):
     for record in select(compiled(arch)):
         programs = record["config"]["programs_per_sm"]
         assert programs * (record["shared"] / 1024 + driver_kb) <= limit, name(record)
+        if record.get("format"):
+            config = TileConfig(**record["config"])
+            most = shared_bytes(record["kernel"], config, DTYPES[record["dtype"]], record["format"])
+            assert record["shared"] <= most, name(record)
         if "registers" in record:
             # Registers are given out in steps of 8 per thread.
             registers = -(-record["registers"] // 8) * 8 * 32 * record["config"]["num_warps"]
@@ -175,8 +200,10 @@ def test_the_inner_loop_loads_ahead_while_it_multiplies(compiled, arch):
         for loop in inner:
             assert re.search(PRODUCT, loop), name(record)
             if record["dtype"] != "fp32":
-                # 16 bytes at a time and around the registers, however the weights lie.
-                assert not re.search(r"\bld\.global|cp\.async\.ca", loop), name(record)
+                # 16 bytes at a time and around the registers, however the weights lie; scales in words of 4.
+                assert not re.search(r"\bld\.global", loop), name(record)
+                short = set(re.findall(r"cp\.async\.ca.*?, (0x\w+)", loop))
+                assert short == ({"0x4"} if record.get("format") else set()), name(record)
         # A group may still be under way when its turn's products begin.
         waits = [int(n) for loop in inner for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", loop)]
         assert waits, name(record)

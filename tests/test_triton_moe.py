@@ -27,7 +27,8 @@ from qllm_ops import FULL, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.kernels import moe as kernels
-from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
+from qllm_ops.quantized import FORMATS, QuantizedWeight
+from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, in_float32, own_gate, own_norm, quantize
 from qllm_ops.tiles import INTERPRETER, TileConfig
 from qllm_ops.triton_moe import ROUNDS, TritonMoe, tiles_for
 
@@ -61,12 +62,13 @@ def poisoned_memory():
 def layer(
     tokens=5, hidden=16, intermediate=13, experts=3, top_k=2, *, dtype=torch.float32, activation="silu",
     routing="any", index_dtype=torch.int64, seed=0, layout="concatenated", biases=False, expert_norm=None,
-    weights_on_input=False,
+    weights_on_input=False, quantized=None,
 ) -> MoeInputs:  # fmt: skip
     """A layer of random numbers. ``routing`` is "any" (skipped pairs too), "one" expert, or "all" of them."""
     case = MoeCase(
-        tokens, hidden, intermediate, experts, top_k, dtype=dtype, layout=layout, biases=biases, seed=seed
-    )
+        tokens, hidden, intermediate, experts, top_k, dtype=dtype, layout=layout, biases=biases, seed=seed,
+        quantized=quantized,
+    )  # fmt: skip
     weights = {
         name: value for name, value in case.tensors().items() if "proj" in name or name.endswith("bias")
     }
@@ -96,6 +98,7 @@ def layers(draw, fused: bool = False) -> MoeInputs:
     top_k = draw(st.integers(1, min(experts, 3)) | st.just(experts))
     layout = draw(st.sampled_from(("concatenated", *LAYOUTS)))
     own = () if fused else (torch.tanh if "ungated" in layout else own_gate,)
+    formats = (None,) if "transposed" in layout else (None, None, *FORMATS)
     return layer(
         draw(st.integers(0, 6)), draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES)), experts, top_k,
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
@@ -104,6 +107,7 @@ def layers(draw, fused: bool = False) -> MoeInputs:
         expert_norm=None if fused else draw(st.sampled_from((None, None, own_norm))),
         routing=draw(st.sampled_from(("any", "any", "one", "all"))),
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32, torch.uint8))),
+        quantized=draw(st.sampled_from(formats)),
         seed=draw(st.integers(0, 2**16)),
         weights_on_input=draw(st.booleans()),
     )  # fmt: skip
@@ -123,8 +127,7 @@ def uninterrupted(inputs: MoeInputs, tiles=None) -> torch.Tensor:
 def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
     """Design tolerances, against the reference in float32."""
     assert output.dtype == inputs.hidden_states.dtype
-    wide = {name: vars(inputs)[name].float() for name in ("hidden_states", "gate_up_proj", "down_proj")}
-    reference = moe_reference(**{**vars(inputs), **wide})
+    reference = moe_reference(**in_float32(vars(inputs)))
     if not reference.any():
         assert not output.any()
         return
@@ -344,6 +347,73 @@ def test_moe_stands_still_before_it_launches_anything():
 def test_every_activation_and_dtype(activation, dtype, tiles):
     inputs = layer(9, 29, 19, 3, 2, dtype=dtype, activation=activation)
     assert_close(inputs, uninterrupted(inputs, tiles))
+
+
+QUANTIZED_TILES = (
+    TILES[3],
+    {  # Turns of the sums that are longer than a group of 16 and of 32 numbers, and shorter.
+        "gate_up": TileConfig(4, 8, 64, 1, 1, 3),
+        "down": TileConfig(4, 8, 32, 1, 1, 2),
+        "combine": TileConfig(4, 8, 1, 1, 1, 2),
+    },
+)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tiles", QUANTIZED_TILES, ids=["exits", "long"])
+@pytest.mark.parametrize("sizes", [(32, 32), (35, 19)], ids=["even", "uneven"])
+def test_every_format_of_quantised_weights(format, tiles, sizes):
+    """Sizes that blocks and groups divide, and others; with the layout and the clamp of gpt-oss."""
+    inputs = layer(
+        3, *sizes, 2, 2, dtype=torch.bfloat16, quantized=format, layout="interleaved", biases=True,
+        activation=CLAMPED[0],
+    )  # fmt: skip
+    expected = uninterrupted(inputs, tiles)
+    assert_close(inputs, expected)
+    flag = PriorityFlag()
+    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles))
+    with flipping(flag, [3, 1, 5, 2]):
+        list(finish(run, flag, quanta=(3, None)))
+    assert torch.equal(run.output, expected)
+
+
+def test_every_code_and_the_ends_of_the_scales():
+    """What the kernel widens, bit by bit: one row per code, times 1 and -1."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    ends = {
+        "fp8": (torch.tensor([2.0**-120, 1.0, 1.5 * 2.0**100]), codes[(codes & 0x7F) != 0x7F][:, None]),
+        "mxfp4": (torch.tensor([0, 1, 127, 240], dtype=torch.uint8), codes[:, None]),
+        "int4": (torch.tensor([2.0**-100, 1.0, 2.0**90]).bfloat16(), codes[:, None]),
+    }
+    for format, (scales, values) in ends.items():
+        # (1, codes, 16) numbers: the code, then zeros.
+        rows, zero = len(values), 0x88 if format == "int4" else 0
+        wide = 16 if format == "fp8" else 16 // 2
+        values = torch.nn.functional.pad(values, (0, wide - 1), value=zero)[None]
+        if format == "fp8":
+            values = values.view(torch.float8_e4m3fn)
+        for scale in scales:
+            block = (1, 32 if format == "mxfp4" else 16)
+            first = QuantizedWeight(values, scale.expand(1, rows, 1).contiguous(), format, block, 16)
+            second = quantize(torch.ones(1, 16, rows), format)  # any
+            units = torch.cat([torch.eye(16)[:2], -torch.eye(16)[:2]])
+            nobody_else = (torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))
+            inputs = check_inputs(units, first, second, *nobody_else, Activation("relu"), gated=False)
+            run = TritonMoe(inputs, None, 0)
+            run.launch_all()
+            numbers = first.dequantize()[0, :, :2].T
+            assert torch.equal(run._intermediate, torch.cat([numbers, -numbers]).clamp(min=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_scales_of_int4_in_any_dtype(dtype):
+    inputs = layer(5, 64, 48, 3, 2, quantized="int4")
+    other = {
+        name: replace(getattr(inputs, name), scales=getattr(inputs, name).scales.to(dtype))
+        for name in ("gate_up_proj", "down_proj")
+    }
+    inputs = replace(inputs, **other)
+    assert_close(inputs, uninterrupted(inputs))
 
 
 @pytest.mark.parametrize(

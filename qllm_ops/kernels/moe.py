@@ -182,9 +182,12 @@ def multiply(
     b_ptrs,
     b_stride,  # from one k to the next
     b_inside,  # which columns of b exist, if MASKED
+    scale_ptrs,  # to the first scale of every column of b, if there is a FORMAT
     begin,
     stop,
     flag_ptr,
+    FORMAT: tl.constexpr,
+    GROUP_K: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -197,12 +200,14 @@ def multiply(
     """Sum over k in [begin, stop) of a[:, k] * b[k, :], in increasing k, in float32; and whether all of it.
 
     With EXIT_K, a multiple of BLOCK_K, this program leaves the sums halfway once it may no longer run.
+    With a FORMAT, b_ptrs and scale_ptrs are those of `quantized_rows`.
     """
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if EXIT_K == 0:
         sums = add_products(
-            sums, a_ptrs, b_ptrs, b_stride, b_inside, begin, stop, stop, MASKED, EVEN, BLOCK_K, STAGES
-        )
+            sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, begin, stop, stop,
+            FORMAT, GROUP_K, MASKED, EVEN, BLOCK_K, STAGES,
+        )  # fmt: skip
         whole = True
     else:
         k = begin
@@ -210,8 +215,9 @@ def multiply(
         while stay:
             upto = tl.minimum(k + EXIT_K, stop)
             sums = add_products(
-                sums, a_ptrs, b_ptrs, b_stride, b_inside, k, upto, stop, MASKED, EVEN, BLOCK_K, STAGES
-            )
+                sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, k, upto, stop,
+                FORMAT, GROUP_K, MASKED, EVEN, BLOCK_K, STAGES,
+            )  # fmt: skip
             k += EXIT_K
             stay = k < stop
             if HAS_FLAG:
@@ -227,9 +233,12 @@ def add_products(
     b_ptrs,
     b_stride,
     b_inside,
+    scale_ptrs,
     begin,
     upto,
     stop,
+    FORMAT: tl.constexpr,
+    GROUP_K: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -242,7 +251,10 @@ def add_products(
             a = tl.load(a_ptrs + k)
         else:
             a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
-        if EVEN and MASKED:
+        if FORMAT is not None:
+            b = dequantize(b_ptrs, scale_ptrs, k, stop, FORMAT, GROUP_K, EVEN, BLOCK_K)
+            b = tl.trans(narrow(b, a.dtype))
+        elif EVEN and MASKED:
             b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)
         elif MASKED:
             b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None] & b_inside[None, :], other=0.0)
@@ -254,6 +266,100 @@ def add_products(
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
+
+
+@triton.jit
+def quantized_rows(
+    weight_ptr,  # (E, R, row_bytes) uint8
+    weight_scale_ptr,  # (E, R / GROUP_N, scale_columns), rows of whole words of 4 bytes
+    expert,
+    rows,
+    weight_rows,  # R
+    row_bytes,
+    scale_columns,
+    FORMAT: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Where the first BLOCK_K numbers of an expert's rows are, and the first scale of each row."""
+    bytes = tl.arange(0, BLOCK_K if FORMAT == "fp8" else BLOCK_K // 2)
+    first = expert.to(tl.int64) * weight_rows
+    scale_rows = expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N
+    return (
+        weight_ptr + (first + rows)[:, None] * row_bytes + bytes[None, :],
+        weight_scale_ptr + scale_rows * scale_columns,
+    )
+
+
+@triton.jit
+def dequantize(
+    value_ptrs,
+    scale_ptrs,
+    k,
+    stop,
+    FORMAT: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns k to k + BLOCK_K of some rows of weights, in float32; 0 from ``stop`` on."""
+    PACKED: tl.constexpr = 1 if FORMAT == "fp8" else 2
+    if EVEN:
+        values = tl.load(value_ptrs + k // PACKED)
+    else:
+        inside = k + tl.arange(0, BLOCK_K // PACKED) * PACKED < stop
+        values = tl.load(value_ptrs + k // PACKED, mask=inside[None, :], other=0)
+    scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    if PACKED == 2:
+        values = tl.reshape(tl.join(values & 15, values >> 4), (values.shape[0], BLOCK_K))
+    wide = widen(values, FORMAT).to(tl.float32)
+    wide = tl.reshape(wide, (scales.shape[0], scales.shape[1], BLOCK_K // scales.shape[1]))
+    return tl.reshape(wide * scales[:, :, None], (values.shape[0], BLOCK_K))
+
+
+@triton.jit
+def load_scales(scale_ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scales of columns k to k + BLOCK_K of some rows, in float32: (rows, 1), or one for every GROUP_K.
+
+    They come in words of 4 bytes, with a few that are not needed: fewer cannot be copied to shared memory
+    while others are multiplied. GROUP_K is a multiple of BLOCK_K, or a part of it.
+    """
+    dtype: tl.constexpr = scale_ptrs.dtype.element_ty
+    BITS: tl.constexpr = dtype.primitive_bitwidth
+    IN_WORD: tl.constexpr = 32 // BITS
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
+    WORDS: tl.constexpr = GROUPS // IN_WORD if GROUPS > IN_WORD else 1
+    word_ptrs = scale_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
+    numbers = k // (GROUP_K * IN_WORD) + tl.arange(0, WORDS)
+    if EVEN:
+        words = tl.load(word_ptrs + numbers[None, :])
+    else:
+        inside = numbers * (GROUP_K * IN_WORD) < stop
+        words = tl.load(word_ptrs + numbers[None, :], mask=inside[None, :], other=0)
+    if BITS < 32:
+        shifts = (k // GROUP_K + tl.arange(0, GROUPS // WORDS)) % IN_WORD * BITS
+        words = tl.reshape(words[:, :, None] >> shifts[None, None, :], (words.shape[0], GROUPS))
+    if dtype == tl.uint8:  # The exponent of a float32; 0 is of numbers without a leading 1.
+        words = words & 255
+        scales = tl.where(words == 0, 0x00400000, words << 23).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        scales = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scales = (words << (32 - BITS)).to(tl.float32, bitcast=True)
+    return scales
+
+
+@triton.jit
+def widen(codes, FORMAT: tl.constexpr):
+    """What the codes stand for, in float16, which has all of these numbers: bits are moved, and exponents."""
+    codes = codes.to(tl.uint16)
+    if FORMAT == "int4":
+        wide = (codes | 0x6400).to(tl.float16, bitcast=True) - 1032  # 1024 + code, and a code is 8 too large
+    elif FORMAT == "mxfp4":
+        wide = ((codes & 8) << 12 | (codes & 7) << 9).to(tl.float16, bitcast=True) * 16384
+    else:
+        wide = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
+    return wide
 
 
 @triton.jit
@@ -411,6 +517,7 @@ def write_blocks(blocks_ptr, experts, known, rows, BLOCK_M: tl.constexpr):
 def gate_up(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
+    weight_scale_ptr,  # of quantised weights, as in quantized_rows; their row_stride is in bytes
     bias_ptr,  # (E, R)
     scale_ptr,  # (T, K): what multiplies the sums of each pair, if SCALED
     intermediate_ptr,  # (P, I)
@@ -425,6 +532,7 @@ def gate_up(
     weight_rows,  # R
     row_stride,  # of an expert's weights: from row to row, and along a row
     k_stride,
+    scale_columns,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,  # None: no clamp
@@ -432,6 +540,9 @@ def gate_up(
     # Where an up row is: "halves" and "blocks", I after its gate's; "alternating", 1 after; "none". "blocks"
     # is for rows that are contiguous: a tile has BLOCK_N gates, then their ups, loaded 16 bytes at a time.
     PAIRS: tl.constexpr,
+    FORMAT: tl.constexpr,  # of quantised weights; None for dense ones
+    GROUP_N: tl.constexpr,  # rows and columns of weights that share a scale
+    GROUP_K: tl.constexpr,
     MASKED: tl.constexpr,  # rows of weights are contiguous (k_stride is not 1), and R no multiple of a tile's
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -473,11 +584,18 @@ def gate_up(
         elif not MASKED:
             weights = tl.minimum(weights, weight_rows - 1)
         ks = tl.arange(0, BLOCK_K)
-        expert_ptr = weight_ptr + expert.to(tl.int64) * weight_rows * hidden_size
+        if FORMAT is None:
+            expert_ptr = weight_ptr + expert.to(tl.int64) * weight_rows * hidden_size
+            b_ptrs = expert_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride
+            scale_ptrs = None
+        else:
+            b_ptrs, scale_ptrs = quantized_rows(
+                weight_ptr, weight_scale_ptr, expert, weights, weight_rows, row_stride, scale_columns,
+                FORMAT, GROUP_N, BLOCK_K,
+            )  # fmt: skip
         sums, whole = multiply(
             hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
-            expert_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
-            k_stride, inside, 0, hidden_size, flag_ptr,
+            b_ptrs, k_stride, inside, scale_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
             MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if SCALED:
@@ -525,6 +643,7 @@ def gate_up(
 def down(
     intermediate_ptr,  # (P, I)
     weight_ptr,  # (E, H, I), strides below
+    weight_scale_ptr,
     bias_ptr,  # (E, H)
     partial_ptr,  # (SPLIT_K, P, W)
     order_ptr,  # (P,) int64
@@ -542,7 +661,11 @@ def down(
     partial_width,  # W
     row_stride,
     k_stride,
-    MASKED: tl.constexpr,  # as in gate_up
+    scale_columns,
+    FORMAT: tl.constexpr,  # as in gate_up
+    GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
     EVEN: tl.constexpr,  # every part of intermediate_size is a multiple of BLOCK_K
@@ -576,15 +699,22 @@ def down(
         ks = tl.arange(0, BLOCK_K)
         inside = columns < chunk_size
         weights = columns if MASKED else tl.minimum(columns, chunk_size - 1)
-        first_weight = (
-            expert.to(tl.int64) * hidden_size * intermediate_size + chunk_begin.to(tl.int64) * row_stride
-        )
+        if FORMAT is None:
+            first_ptr = weight_ptr + expert.to(tl.int64) * hidden_size * intermediate_size
+            first_ptr += chunk_begin.to(tl.int64) * row_stride
+            b_ptrs = first_ptr + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride
+            scale_ptrs = None
+        else:
+            b_ptrs, scale_ptrs = quantized_rows(
+                weight_ptr, weight_scale_ptr, expert, chunk_begin + weights, hidden_size, row_stride,
+                scale_columns, FORMAT, GROUP_N, BLOCK_K,
+            )  # fmt: skip
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums, whole = multiply(
             intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
-            weight_ptr + first_weight + weights.to(tl.int64)[None, :] * row_stride + ks[:, None] * k_stride,
-            k_stride, inside, begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr,
+            b_ptrs, k_stride, inside, scale_ptrs,
+            begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
             MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if HAS_BIAS:
