@@ -270,7 +270,9 @@ def within_exit(
         parts = config.split_k * math.ceil(us / max_exit_us)
         parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
         config = replace(config, split_k=max(config.split_k, parts))
-    if not config.exit_k and dtype.itemsize == 2:  # the sums of 32 bits spill registers around such an exit
+    # Around such an exit, sums of 32 bits spill registers, and so do weights that mma.sync has to widen.
+    has_registers = dtype.itemsize == 2 and (weights is None or arch not in ("sm_80", "sm_86"))
+    if not config.exit_k and has_registers:
         us = tile_us(phase, config, k, dtype, arch, read_once, weights)
         config = replace(config, exit_k=_exit_k(config, k, us, max_exit_us))
     return config
