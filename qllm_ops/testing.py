@@ -32,7 +32,7 @@ from torch import Tensor
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.moe import moe_reference
-from qllm_ops.quantized import FORMATS, QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
+from qllm_ops.quantized import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -178,13 +178,18 @@ def moe_cases(
     max_size: int = 48,
     max_experts: int = 9,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
+    formats: tuple[str | None, ...] = (None,),
 ) -> MoeCase:
-    """Layers of every kind and size, T = 0, one expert and K = E included; see ROUTINGS for the rest."""
+    """Layers of every kind and size, T = 0, one expert and K = E included; see ROUTINGS for the rest.
+
+    ``formats`` of `qllm_ops.quantized` make the weights quantised ones, None leaves them dense.
+    """
     num_experts = draw(st.integers(1, max_experts))
     routing = draw(st.sampled_from(ROUTINGS))
     most = num_experts if routing == "distinct" else num_experts + 2
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
-    formats = (None,) if "transposed" in layout else (None, *FORMATS)
+    if "transposed" in layout:  # which no quantised weights are
+        formats = (None,)
     activations = (*ACTIVATIONS, *CLAMPED, torch.tanh if "ungated" in layout else own_gate)
     return MoeCase(
         num_tokens=draw(st.integers(0, max_tokens)),

@@ -20,6 +20,7 @@ tiles of an expert, so that no single attention over thousands of tokens keeps a
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ class KVPool:
         cache = DynamicCache(config=model.config)
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
         self.tokens = tokens
         self.expands = True  # whether the model computes on what the cache returns; the runner finds out
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -177,6 +178,11 @@ class KVPool:
     @property
     def nbytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What a model's forward calls its cache: "past_key_values", or "cache" from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class RaggedCache(Cache):

@@ -86,6 +86,7 @@ class Runner:
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.max_positions = _positions(model.config.get_text_config())
         self.pool = KVPool(model, kv_tokens)
+        self._cache = attention.cache_argument(model)
         if self.device.type == "cpu":
             self._limits = (attention.BLOCK_SCORES, attention.PADDED_BYTES)
         else:  # a GPU gets through any attention, and copies keys, faster than calls can be launched
@@ -157,7 +158,7 @@ class Runner:
             out = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([position], device=self.device),
-                past_key_values=RaggedCache(self.pool, rows),
+                **{self._cache: RaggedCache(self.pool, rows)},
                 use_cache=True,
                 logits_to_keep=torch.tensor(last, device=self.device),
             )
@@ -183,7 +184,7 @@ class Runner:
     def _probe_plain(self) -> torch.Tensor:
         ids = torch.tensor([self._probe_ids()], device=self.device)
         out = self.model(
-            input_ids=ids, past_key_values=DynamicCache(config=self.model.config), use_cache=True
+            input_ids=ids, **{self._cache: DynamicCache(config=self.model.config)}, use_cache=True
         )
         return out.logits[0].float().cpu()
 
@@ -193,7 +194,7 @@ class Runner:
             self.model(
                 input_ids=torch.tensor([[0, 1]], device=self.device),
                 position_ids=torch.tensor([[first, first + 1]], device=self.device),
-                past_key_values=DynamicCache(config=self.model.config),
+                **{self._cache: DynamicCache(config=self.model.config)},
                 use_cache=True,
             )
 

@@ -98,7 +98,8 @@ def table() -> list[Row]:
 # -- tiny models ----------------------------------------------------------------------------------------
 
 SIZES = {
-    "vocab_size": 128, "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 2,
+    "vocab_size": 128, "unpadded_vocab_size": 128, "max_position_embeddings": 256, "hidden_size": 64,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16,
     "num_global_key_value_heads": 2,
     # experts and routers

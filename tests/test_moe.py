@@ -11,6 +11,7 @@ from hypothesis import given
 
 import qllm_ops
 from qllm_ops import ACTIVATIONS, FULL, Activation, MoeRun, PriorityFlag, moe, moe_reference
+from qllm_ops.quantized import FORMATS
 from qllm_ops.testing import (
     CLAMPED,
     LAYOUTS,
@@ -142,7 +143,7 @@ def test_backends_are_close_to_the_reference(backend, dtype, activation):
     assert_same_bits(run.output, output)
 
 
-@given(case=moe_cases())
+@given(case=moe_cases(formats=(None, *FORMATS)))
 def test_inputs_are_not_changed(case):
     given = case.tensors()
     moe(**given)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import qllm_ops
 from qllm_ops import MoeRun, PriorityFlag, torch_moe
+from qllm_ops.quantized import FORMATS
 from qllm_ops.testing import (
     MoeCase,
     assert_close,
@@ -39,7 +40,7 @@ def alone(case: MoeCase) -> torch.Tensor:
     return qllm_ops.moe(**case.tensors(), backend="torch")
 
 
-@given(case=moe_cases(), schedule=schedules())
+@given(case=moe_cases(formats=(None, *FORMATS)), schedule=schedules())
 def test_any_layer_under_any_schedule(case, schedule):
     flag = PriorityFlag()
     with poisoned_empty():
@@ -49,7 +50,11 @@ def test_any_layer_under_any_schedule(case, schedule):
         assert_preemptible(make_run, expected, schedule, flag)
 
 
-@given(case=moe_cases(max_tokens=200, max_size=64), seed=st.integers(0, 2**31), quanta=st.booleans())
+@given(
+    case=moe_cases(max_tokens=200, max_size=64, formats=(None, *FORMATS)),
+    seed=st.integers(0, 2**31),
+    quanta=st.booleans(),
+)
 def test_a_second_thread_flips_the_flag(case, seed, quanta):
     expected, flag, rng = alone(case), PriorityFlag(), random.Random(seed)
     with poisoned_empty():
