@@ -52,7 +52,8 @@ def test_the_tokens_of_generate_or_a_refusal(folder):
             handles = [engine.submit(ids, max_new_tokens=5, priority=i % 2) for i, ids in enumerate(requests)]
             assert [handle.result(60) for handle in handles] == expected
     except (ValueError, UnsupportedExpertsError):
-        assert folder not in SERVED
+        # transformers has dispatched this one since 5.23.
+        assert folder not in SERVED or (folder == "aria" and not ROWS[folder].dispatched)
     assert choices(model) == before
 
 

@@ -1,0 +1,101 @@
+"""Quantised weights inside of a product: where they lie, and how a tile of them is widened in registers.
+
+`qllm_ops.quantized` says what the formats are.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quantized_rows(
+    weight_ptr,  # (E, R, row_bytes) uint8
+    weight_scale_ptr,  # (E, R / GROUP_N, scale_columns), rows of whole words of 4 bytes
+    expert,
+    rows,
+    weight_rows,  # R
+    row_bytes,
+    scale_columns,
+    FORMAT: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Where the first BLOCK_K numbers of an expert's rows are, and the first scale of each row."""
+    bytes = tl.arange(0, BLOCK_K if FORMAT == "fp8" else BLOCK_K // 2)
+    first = expert.to(tl.int64) * weight_rows
+    scale_rows = expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N
+    return (
+        weight_ptr + (first + rows)[:, None] * row_bytes + bytes[None, :],
+        weight_scale_ptr + scale_rows * scale_columns,
+    )
+
+
+@triton.jit
+def dequantize(
+    value_ptrs,
+    scale_ptrs,
+    k,
+    stop,
+    FORMAT: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns k to k + BLOCK_K of some rows of weights, in float32; 0 from ``stop`` on."""
+    PACKED: tl.constexpr = 1 if FORMAT == "fp8" else 2
+    if EVEN:
+        values = tl.load(value_ptrs + k // PACKED)
+    else:
+        inside = k + tl.arange(0, BLOCK_K // PACKED) * PACKED < stop
+        values = tl.load(value_ptrs + k // PACKED, mask=inside[None, :], other=0)
+    scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    if PACKED == 2:
+        values = tl.reshape(tl.join(values & 15, values >> 4), (values.shape[0], BLOCK_K))
+    wide = widen(values, FORMAT).to(tl.float32)
+    wide = tl.reshape(wide, (scales.shape[0], scales.shape[1], BLOCK_K // scales.shape[1]))
+    return tl.reshape(wide * scales[:, :, None], (values.shape[0], BLOCK_K))
+
+
+@triton.jit
+def load_scales(scale_ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scales of columns k to k + BLOCK_K of some rows, in float32: (rows, 1), or one for every GROUP_K.
+
+    They come in words of 4 bytes, with a few that are not needed: fewer cannot be copied to shared memory
+    while others are multiplied. GROUP_K is a multiple of BLOCK_K, or a part of it.
+    """
+    dtype: tl.constexpr = scale_ptrs.dtype.element_ty
+    BITS: tl.constexpr = dtype.primitive_bitwidth
+    IN_WORD: tl.constexpr = 32 // BITS
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
+    WORDS: tl.constexpr = GROUPS // IN_WORD if GROUPS > IN_WORD else 1
+    word_ptrs = scale_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
+    numbers = k // (GROUP_K * IN_WORD) + tl.arange(0, WORDS)
+    if EVEN:
+        words = tl.load(word_ptrs + numbers[None, :])
+    else:
+        inside = numbers * (GROUP_K * IN_WORD) < stop
+        words = tl.load(word_ptrs + numbers[None, :], mask=inside[None, :], other=0)
+    if BITS < 32:
+        shifts = (k // GROUP_K + tl.arange(0, GROUPS // WORDS)) % IN_WORD * BITS
+        words = tl.reshape(words[:, :, None] >> shifts[None, None, :], (words.shape[0], GROUPS))
+    if dtype == tl.uint8:  # The exponent of a float32; 0 is of numbers without a leading 1.
+        words = words & 255
+        scales = tl.where(words == 0, 0x00400000, words << 23).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        scales = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scales = (words << (32 - BITS)).to(tl.float32, bitcast=True)
+    return scales
+
+
+@triton.jit
+def widen(codes, FORMAT: tl.constexpr):
+    """What the codes stand for, in float16, which has all of these numbers: bits are moved, and exponents."""
+    codes = codes.to(tl.uint16)
+    if FORMAT == "int4":
+        wide = (codes | 0x6400).to(tl.float16, bitcast=True) - 1032  # 1024 + code, and a code is 8 too large
+    elif FORMAT == "mxfp4":
+        wide = ((codes & 8) << 12 | (codes & 7) << 9).to(tl.float16, bitcast=True) * 16384
+    else:
+        wide = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
+    return wide
