@@ -9,6 +9,7 @@ from .checkpoint import CheckpointError, check_safetensors, load
 from .experts import Preemption, UnsupportedExpertsError, current_preemption, preemptible, warming_up
 from .install import InstalledExperts, InstallReport, install, uninstall
 from .presets import PRESETS, Preset, make_preset, save_preset
+from .quantize import quantize_experts
 
 KERNELS_LAYER = Path(__file__).parent / "kernels_layer"
 """Folder of a package for the `kernels` library, with the layers Experts and MegaBlocksMoeMLP."""
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "make_preset",
     "preemptible",
+    "quantize_experts",
     "save_preset",
     "uninstall",
     "warming_up",

@@ -7,6 +7,9 @@ transformers says what the model is, and we read the bytes:
    so dtypes, buffers, tied weights and what may be missing are its rules, not a copy of them;
 3. then each tensor of the model is allocated on its device and filled (`_fill`). An expert goes into
    its slice of the fused tensor, so nothing is stacked or concatenated, and nothing is kept beside.
+
+Quantised weights take part as the dense tensors that they stand for (`quantized_shards`); those of experts
+stay quantised, others are dequantised.
 """
 
 from __future__ import annotations
@@ -14,22 +17,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -43,22 +36,20 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging as transformers_logging
 
-from qllm_ops import PriorityFlag
+from qllm_ops import PriorityFlag, QuantizedWeight
 
+from .experts import ExpertsLayout
 from .install import find_experts
 from .install import install as install_experts
+from .projections import QuantizedProjection
+from .quantize import check_format, check_quantizable, quantize_experts, quantize_stored, refuse_to_save
+from .quantized_shards import METHODS, Assembly, QuantizedTensor, gather
+from .reader import Reader
 from .shards import CheckpointError, StoredTensor, check_safetensors, split_at_expert, stored_tensors
 
 __all__ = ["CheckpointError", "check_safetensors", "load"]
 
-PIECE_BYTES = 16 * 2**20
-"""What a thread takes at a time."""
-
-BUFFER_BYTES = 2**20
-"""What it reads at a time for a conversion or a copy to a GPU: it stays in a core's cache."""
-
-READERS = 4
-"""Threads that read: enough for a disk's queue, and no more than transformers uses."""
+Stored = StoredTensor | QuantizedTensor
 
 
 def load(
@@ -70,46 +61,65 @@ def load(
     priority: int = 0,
     backend: str = "auto",
     install: bool = True,
+    quantize: str | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder, in eval mode. Nothing is ever downloaded.
 
     The model is the one that transformers' `from_pretrained` gives, bit by bit. Beside it, memory holds
     1 MiB per thread that reads, or, where transformers' tables ask for more than stacking
-    experts, the stored tensors of one tensor of the model. Quantised weights are left to transformers.
+    experts, the stored tensors of one tensor of the model.
+
+    Of a quantised checkpoint (FP8 in blocks; MXFP4; symmetric 4-bit groups of compressed-tensors), the
+    experts stay as they are stored, on any device, and all other weights are dequantised one by one.
+    Activations stay in 16 bits or more. Other ways to quantise are left to transformers. A model with
+    quantised experts cannot be saved.
 
     Args:
         path: folder with config.json and *.safetensors, the experts one by one or fused.
         dtype: of the weights; None for that of the checkpoint.
         device: where the model goes, tensor by tensor.
         flag, priority, backend: for :func:`qllm_ops.models.install`.
-        install: False leaves the experts to transformers, for comparison; dense models load too then.
+        install: False leaves the experts to transformers, dequantised, for comparison; dense models load
+            too then.
+        quantize: the experts of a checkpoint that is not quantised become "fp8", "mxfp4" or "int4" as they
+            are read, one projection of a layer after the other (:func:`qllm_ops.models.quantize_experts`).
         progress: a bar on stderr; None: where stderr is a terminal.
 
     Raises:
         CheckpointError: the folder, a file or a tensor is missing, surplus, twice there, damaged or of
             another shape.
-        ValueError: there are no MoE experts in the model.
+        ValueError: there are no MoE experts in the model; or ``quantize`` is no format, or given for experts
+            that are quantised or not installed.
         UnsupportedExpertsError: experts that qllm-ops does not support.
     """
     path, device = Path(path), torch.device(device)
     config = _read_config(path)
+    quantization = _quantization(config)
+    _check_quantize(quantize, path, quantization, install)
     if _only_by_transformers(path, config):
         check_safetensors(path)
         stored = None
     else:
         stored = stored_tensors(path)
+        if quantization:
+            config = copy.deepcopy(config)
+            del config.quantization_config
+            stored = gather(stored, quantization, getattr(config, "dtype", None) or torch.bfloat16)
     # Refuse what cannot be installed or does not fit before the weights are read.
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    if install:
-        find_experts(skeleton)
+    projections = _projections(skeleton, quantize) if install else {}
     if stored is None:
         model = _from_pretrained(path, dtype)
+        if quantize:
+            quantize_experts(model, quantize)
     else:
         targets, unused = _plan(path, skeleton, stored)
+        _check_formats(targets, projections)
         model, dtypes = _without_weights(path, type(skeleton), config, dtype, stored, unused)
-        _fill(model, targets, dtypes, device, sys.stderr.isatty() if progress is None else progress)
+        shown = sys.stderr.isatty() if progress is None else progress
+        _Filling(model, dtypes, device, projections, quantize).fill(targets, shown)
         _finish(model, path)
     model = model.to(device).eval()
     if install:
@@ -130,6 +140,39 @@ def _read_config(path: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{path / 'config.json'}: not a model configuration: {error}") from error
 
 
+def _quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if isinstance(found, dict) or found is None else found.to_dict()
+
+
+def _check_quantize(
+    quantize: str | None, path: Path, quantization: dict[str, Any] | None, install: bool
+) -> None:
+    if quantize is None:
+        return
+    check_format(quantize)
+    if quantization:
+        raise ValueError(
+            f"quantize must be None for {path}, which is quantised already "
+            f"({quantization.get('quant_method')}), got {quantize!r}"
+        )
+    if not install:
+        raise ValueError(f"quantize needs install=True: qllm-ops alone computes {quantize} experts")
+
+
+def _projections(skeleton: PreTrainedModel, quantize: str | None) -> dict[str, ExpertsLayout]:
+    """The weights of experts that may be quantised, by name. Refuses experts that cannot be installed."""
+    experts = find_experts(skeleton)
+    for _, module, layout in experts if quantize else ():
+        check_quantizable(type(module).__name__, layout)
+    return {
+        f"{name}.{leaf}": layout
+        for name, _, layout in experts
+        if not layout.stored
+        for leaf in (layout.first, "down_proj")
+    }
+
+
 # -- which stored tensors go where -----------------------------------------------------------------------
 
 
@@ -145,10 +188,10 @@ class _Target:
 
     name: str
     converter: WeightConverter | None
-    sources: dict[str, list[StoredTensor]] = field(default_factory=dict)
+    sources: dict[str, list[Stored]] = field(default_factory=dict)
 
     @property
-    def stored(self) -> list[StoredTensor]:
+    def stored(self) -> list[Stored]:
         return [tensor for tensors in self.sources.values() for tensor in tensors]
 
     def is_stack(self, whole: torch.Tensor) -> bool:
@@ -162,7 +205,11 @@ class _Target:
             return parts == 1
         return len(then) == 1 and type(then[0]) is Concatenate and then[0].dim == 1
 
-    def slots(self, whole: torch.Tensor) -> list[tuple[StoredTensor, torch.Tensor]] | None:
+    @property
+    def quantized(self) -> bool:
+        return any(isinstance(tensor, QuantizedTensor) for tensor in self.stored)
+
+    def slots(self, whole: torch.Tensor) -> list[tuple[Stored, torch.Tensor]] | None:
         """Which slice of ``whole`` each stored tensor is; None where its values must be worked on."""
         if self.converter is None:
             return [(self.stored[0], whole)]
@@ -188,8 +235,8 @@ class _Target:
 
 
 def _plan(
-    path: Path, model: PreTrainedModel, stored: dict[str, StoredTensor]
-) -> tuple[list[_Target], dict[str, list[StoredTensor]]]:
+    path: Path, model: PreTrainedModel, stored: dict[str, Stored]
+) -> tuple[list[_Target], dict[str, list[Stored]]]:
     """What makes up each tensor of ``model``, and what is stored for none, by the name it would have.
 
     Raises:
@@ -202,7 +249,7 @@ def _plan(
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     wanted, prefix = model.state_dict(), model.base_model_prefix
     targets: dict[str, _Target] = {}
-    unused: dict[str, list[StoredTensor]] = {}
+    unused: dict[str, list[Stored]] = {}
     for name in sorted(stored, key=dot_natural_key):  # transformers' order, which some renamings rely on
         place, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if place not in wanted and name in wanted:
@@ -226,6 +273,12 @@ def _check_target(
     path: Path, model: PreTrainedModel, wanted: dict[str, torch.Tensor], target: _Target
 ) -> None:
     whole = wanted[target.name]
+    kinds = {type(tensor): tensor for tensor in target.stored}
+    if len(kinds) > 1 and target.is_stack(whole):
+        dense, quantized = kinds[StoredTensor], kinds[QuantizedTensor]
+        raise CheckpointError(
+            f"{dense} is dense, but {quantized} beside it is {quantized.format}; wanted them alike"
+        )
     if target.is_stack(whole):
         for pattern in target.converter.source_patterns:
             _check_experts(path, target, pattern, len(whole))
@@ -238,6 +291,20 @@ def _check_target(
             )
     if slots is None:
         _check_conversion(path, model, wanted, target)
+
+
+def _check_formats(targets: list[_Target], projections: dict[str, ExpertsLayout]) -> None:
+    """The two weights of an experts module must be stored alike."""
+    formats: dict[str, dict[str, str]] = {}
+    for target in targets:
+        if target.name in projections:
+            first = target.stored[0]
+            format = first.format if isinstance(first, QuantizedTensor) else "dense"
+            formats.setdefault(target.name.rpartition(".")[0], {})[target.name] = format
+    for module in formats.values():
+        if len(set(module.values())) > 1:
+            (one, its), (other, others) = module.items()
+            raise CheckpointError(f"{one} is {its}, but {other} {others}; wanted them alike")
 
 
 def _check_experts(path: Path, target: _Target, pattern: str, num_experts: int) -> None:
@@ -277,7 +344,7 @@ def _check_conversion(
             )
 
 
-def _meta(tensor: StoredTensor) -> torch.Tensor:
+def _meta(tensor: Stored) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
@@ -290,7 +357,7 @@ class _Header:
     It gets a tensor without memory; ``asked`` is the dtype that it wanted.
     """
 
-    def __init__(self, stored: StoredTensor):
+    def __init__(self, stored: Stored):
         self.shape, self.dtype, self.asked = stored.shape, stored.dtype, stored.dtype
 
     def __getitem__(self, everything: object) -> _Header:
@@ -309,8 +376,8 @@ def _without_weights(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     dtype: torch.dtype | None,
-    stored: dict[str, StoredTensor],
-    unused: dict[str, list[StoredTensor]],
+    stored: dict[str, Stored],
+    unused: dict[str, list[Stored]],
 ) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
     """What `from_pretrained` makes of the headers: all loaded tensors on the meta device, the rest real.
 
@@ -362,94 +429,114 @@ def _no_progress_of_transformers() -> Iterator[None]:
 # -- the weights -----------------------------------------------------------------------------------------
 
 
-def _fill(
-    model: PreTrainedModel,
-    targets: list[_Target],
-    dtypes: dict[str, torch.dtype],
-    device: torch.device,
-    progress: bool,
-) -> None:
-    """Give every tensor on the meta device its memory on ``device`` and its values."""
-    empty = dict(model.named_parameters(remove_duplicate=False))
-    empty |= dict(model.named_buffers(remove_duplicate=False))
-    full: dict[int, torch.Tensor] = {}  # by the id of what it replaces, so that tied weights stay tied
-    straight, worked_on = [], []
-    for target in targets:
-        if target.slots(empty[target.name]) is None:
-            worked_on.append(target)
-        else:
-            like = empty[target.name]
-            full[id(like)] = torch.empty(like.shape, dtype=like.dtype, device=device)
-            straight += target.slots(full[id(like)])
-    stored = [tensor for tensor, _ in straight] + [tensor for target in worked_on for tensor in target.stored]
-    with _Reader(sum(tensor.nbytes for tensor in stored), device, progress) as reader:
-        reader.read(straight)
-        for target in worked_on:
-            values = [
-                torch.empty(tensor.shape, dtype=dtypes[tensor.name], device="cpu") for tensor in target.stored
-            ]
-            reader.read(zip(target.stored, values, strict=True))
-            made = target.convert(model, values)
+class _Filling:
+    """Gives every tensor of a model on the meta device its memory on ``device`` and its values.
+
+    Args:
+        dtypes: of stored tensors whose values are worked on, by name.
+        projections: the weights of experts that stay quantised, or become so, by name.
+        quantize: the format that dense ones of them become; None: they stay dense.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtypes: dict[str, torch.dtype],
+        device: torch.device,
+        projections: dict[str, ExpertsLayout],
+        quantize: str | None,
+    ):
+        self.model, self.dtypes, self.device = model, dtypes, device
+        self.projections, self.quantize = projections, quantize
+        self.empty = dict(model.named_parameters(remove_duplicate=False))
+        self.empty |= dict(model.named_buffers(remove_duplicate=False))
+        self.full: dict[int, torch.Tensor] = {}  # by the id of what it replaces: tied weights stay tied
+
+    def fill(self, targets: list[_Target], progress: bool) -> None:
+        straight: list[tuple[StoredTensor, torch.Tensor]] = []
+        assemblies: dict[str, Assembly] = {}
+        one_by_one = []
+        for target in targets:
+            like = self.empty[target.name]
+            slots = target.slots(like)
+            if target.quantized and slots is not None and target.name in self.projections:
+                assemblies[target.name] = Assembly(list(target.sources.values()), self.device)
+                straight += assemblies[target.name].slots
+            elif target.quantized or slots is None or (self.quantize and target.name in self.projections):
+                one_by_one.append(target)
+            else:
+                straight += target.slots(self._memory(target.name))
+        with Reader(self._bytes(targets), self.device, progress) as reader:
+            reader.read(straight)
+            for name, assembly in assemblies.items():
+                self._hold(name, assembly.weight())
+            for target in one_by_one:
+                self._work(target, reader)
+        self._put_in_place()
+
+    def _work(self, target: _Target, reader: Reader) -> None:
+        """What takes more than reading: the stored tensors of one target are in memory beside it."""
+        slots = target.slots(self.empty[target.name])
+        if slots is None:
+            values = [self._value(tensor, reader) for tensor in target.stored]
+            made = target.convert(self.model, values)
             del values
-            for name in list(made):
-                full[id(empty[name])] = made.pop(name).to(device)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                if isinstance(tensor, nn.Parameter) and not isinstance(full[id(tensor)], nn.Parameter):
-                    full[id(tensor)] = nn.Parameter(full[id(tensor)], requires_grad=tensor.requires_grad)
-                tensors[name] = full[id(tensor)]
-                tensors[name]._is_hf_initialized = True  # as from_pretrained marks what was loaded
+        else:
+            made = {target.name: self._memory(target.name)}
+            slots = target.slots(made[target.name])
+            reader.read((tensor, slot) for tensor, slot in slots if isinstance(tensor, StoredTensor))
+            for tensor, slot in slots:
+                if isinstance(tensor, QuantizedTensor):
+                    slot.copy_(self._dequantized(tensor, reader))
+        for name in list(made):
+            self._take(name, made.pop(name).to(self.device))
 
+    def _take(self, name: str, value: torch.Tensor) -> None:
+        if self.quantize and name in self.projections:
+            self._hold(name, quantize_stored(value, self.projections[name], self.quantize))
+        else:
+            self.full[id(self.empty[name])] = value
 
-class _Reader:
-    """Reads stored tensors into tensors with a few threads, in the order of the files, and shows how far."""
+    def _value(self, tensor: Stored, reader: Reader) -> torch.Tensor:
+        if isinstance(tensor, QuantizedTensor):
+            return self._dequantized(tensor, reader).to(self.dtypes[tensor.name])
+        value = torch.empty(tensor.shape, dtype=self.dtypes[tensor.name], device="cpu")
+        reader.read([(tensor, value)])
+        return value
 
-    def __init__(self, total_bytes: int, device: torch.device, progress: bool):
-        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
-        columns += (TransferSpeedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
-        self.task = self.bar.add_task("loading", total=total_bytes)
-        self.pinned = device.type == "cuda"
-        self.own = threading.local()
-        self.pool = ThreadPoolExecutor(READERS)
+    def _dequantized(self, tensor: QuantizedTensor, reader: Reader) -> torch.Tensor:
+        assembly = Assembly([[tensor]], torch.device("cpu"))
+        reader.read(assembly.slots)
+        return assembly.dequantized()
 
-    def __enter__(self) -> _Reader:
-        self.bar.start()
-        return self
+    def _memory(self, name: str) -> torch.Tensor:
+        like = self.empty[name]
+        value = self.full[id(like)] = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        return value
 
-    def __exit__(self, *error: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        self.bar.stop()
+    def _hold(self, name: str, weight: QuantizedWeight) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        self.full.pop(id(self.empty[name]), None)
+        delattr(module, leaf)
+        setattr(module, leaf, QuantizedProjection(weight))
+        self.model.save_pretrained = refuse_to_save
 
-    def read(self, slots: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
-        in_order = sorted(slots, key=lambda slot: (slot[0].file, slot[0].begin))
-        pieces = (piece for tensor, slot in in_order for piece in _pieces(tensor, slot))
-        for nbytes in self.pool.map(self._read_piece, pieces):
-            self.bar.advance(self.task, nbytes)
+    @staticmethod
+    def _bytes(targets: list[_Target]) -> int:
+        return sum(tensor.nbytes for target in targets for tensor in target.stored)
 
-    def _read_piece(self, piece: tuple[StoredTensor, int, torch.Tensor]) -> int:
-        tensor, start, target = piece
-        straight = target.dtype == tensor.dtype and target.device.type == "cpu"
-        tensor.read(start, target, None if straight else self._buffer())
-        return len(target) * tensor.dtype.itemsize
-
-    def _buffer(self) -> torch.Tensor:
-        """This thread's own; of those made anew for every piece the allocator would keep several."""
-        if not hasattr(self.own, "buffer"):
-            self.own.buffer = torch.empty(
-                BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=self.pinned
-            )
-        return self.own.buffer
-
-
-def _pieces(tensor: StoredTensor, slot: torch.Tensor) -> Iterator[tuple[StoredTensor, int, torch.Tensor]]:
-    """A tensor in pieces of PIECE_BYTES: the element that each starts at, and where it goes."""
-    flat, step = slot.view(-1), PIECE_BYTES // tensor.dtype.itemsize
-    for start in range(0, len(flat), step):
-        yield tensor, start, flat[start : start + step]
+    def _put_in_place(self) -> None:
+        full = self.full
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    if isinstance(tensor, nn.Parameter) and not isinstance(full[id(tensor)], nn.Parameter):
+                        full[id(tensor)] = nn.Parameter(full[id(tensor)], requires_grad=tensor.requires_grad)
+                    tensors[name] = full[id(tensor)]
+                    tensors[name]._is_hf_initialized = True  # as from_pretrained marks what was loaded
 
 
 def _finish(model: PreTrainedModel, path: Path) -> None:
@@ -481,10 +568,11 @@ def _finish(model: PreTrainedModel, path: Path) -> None:
 
 
 def _only_by_transformers(path: Path, config: PreTrainedConfig) -> bool:
-    """Quantised weights, adapters, and configs that name files of their own: rules that are not ours."""
+    """Adapters, configs that name files of their own, other quantised weights: rules that are not ours."""
     own_files = [getattr(config, "transformers_weights", None), *getattr(type(config), "extra_files", ())]
+    quantization = _quantization(config)
     return (
-        getattr(config, "quantization_config", None) is not None
+        (quantization is not None and quantization.get("quant_method") not in METHODS)
         or (path / "adapter_config.json").is_file()
         or any(own_files)
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 import math
 import weakref
@@ -25,10 +26,21 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
-from qllm_ops import ACTIVATIONS, Activation, MoeRun, PriorityFlag, moe, moe_reference, warm_up
-from qllm_ops.inputs import DTYPES
+from qllm_ops import (
+    ACTIVATIONS,
+    Activation,
+    MoeRun,
+    PriorityFlag,
+    QuantizedWeight,
+    moe,
+    moe_reference,
+    warm_up,
+)
+from qllm_ops.inputs import DTYPES, Weight
 from qllm_ops.library import uncompiled
 from qllm_ops.moe import check_flag
+
+from .projections import SCALES, UNUSED, stored_weight
 
 NAME = "qllm"
 """The experts implementation's name, as in ``from_pretrained(..., experts_implementation="qllm")``."""
@@ -241,13 +253,14 @@ def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module:
     return hidden_states.new_empty(hidden_states.shape)
 
 
-def _warm_up(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+def _warm_up(tensors: tuple[Weight, ...], options: dict[str, Any]) -> None:
     """Once for all modules that differ in their weights only."""
     flag, priority, done = _warming.get()
     hidden_states, top_k_index = tensors[0], tensors[3]
     alike = (
         (hidden_states.device, hidden_states.dtype, top_k_index.shape[1]),
-        *((x.shape[1:], x.dtype) for x in tensors[1:]),
+        *(_kind(x) for x in tensors[1:3]),
+        *((x.shape[1:], x.dtype) for x in tensors[3:]),
         *(_kind(value) for value in options.values()),
     )
     if alike not in done and len(hidden_states):
@@ -257,6 +270,8 @@ def _warm_up(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> None:
 
 def _kind(value: Any) -> Any:
     """What a kernel is compiled for: a tensor's shape, and whether there is a function."""
+    if isinstance(value, QuantizedWeight):
+        return (value.shape, value.format, value.block, value.scales.dtype)
     if isinstance(value, Tensor):
         return (value.shape, value.dtype)
     return "function" if callable(value) and not isinstance(value, Activation) else value
@@ -277,7 +292,7 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-# Both registries: a model quantised to FP8 asks the second one, and gets a refusal that names it.
+# Both registries: the experts of a model quantised to FP8 ask the second one.
 ExpertsInterface.register(NAME, experts_forward)
 FP8ExpertsInterface.register(NAME, experts_forward)
 
@@ -309,13 +324,19 @@ class ExpertsLayout:
     def first(self) -> str:
         return "gate_up_proj" if self.gated else "up_proj"
 
-    def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        return self.stored(module) if self.stored else (getattr(module, self.first), module.down_proj)
+    def weights(self, module: nn.Module) -> tuple[Weight, Weight]:
+        if self.stored:
+            return self.stored(module)
+        return stored_weight(module, self.first), stored_weight(module, "down_proj")
 
     def sizes(self, module: nn.Module) -> tuple[int, int, int]:
         """E, H and I."""
         num_experts, rows, columns = self.weights(module)[1].shape
-        return (num_experts, columns, rows) if self.transposed else (num_experts, rows, columns)
+        return (num_experts, columns, rows) if self.lies_transposed(module) else (num_experts, rows, columns)
+
+    def lies_transposed(self, module: nn.Module) -> bool:
+        """Quantised weights lie in rows, however the class has dense ones."""
+        return self.transposed and isinstance(self.weights(module)[1], Tensor)
 
     def options(self, module: nn.Module) -> dict[str, Any]:
         """What `moe` is told besides tensors of the batch and weights."""
@@ -323,7 +344,7 @@ class ExpertsLayout:
             "activation": self.activation or (module._apply_gate if self.gated else module.act_fn),
             "gated": self.gated,
             "interleaved": self.interleaved,
-            "transposed": self.transposed,
+            "transposed": self.lies_transposed(module),
         }
         if self.has_bias:
             options["gate_up_bias"] = getattr(module, self.first + "_bias")
@@ -355,6 +376,8 @@ ADAPTED: dict[str, Any] = {}
 
 UNSUITED = {
     "DogeCDMoE": "its experts are rows of two embeddings, found by product keys, and no matrices",
+    "Mxfp4GptOssExperts": "its weights lie as transformers' kernels want them; qllm_ops.models.load(folder) "
+    "reads them as they lie in the checkpoint",
     "NllbMoeExperts": "its forward takes the router's 0-1 mask for expert numbers, so that experts 0 and 1 "
     "compute every token whatever was chosen",
     "VitPoseBackboneMoeMLP": "an expert is one linear layer, chosen by the data set and not by a router",
@@ -419,15 +442,19 @@ def _declared_differences(module: nn.Module, layout: ExpertsLayout) -> list[str]
     projections = (layout.first, "down_proj")
     biases = [name + "_bias" for name in projections] if layout.has_bias else []
     reasons = []
-    unknown = sorted(
-        name
-        for name in tensors.keys() - {*projections, *biases}
-        if not (layout.has_norm and name.startswith("post_expert_norm."))
-    )
+    known = {*biases, *(name + suffix for name in projections for suffix in ("", SCALES, UNUSED))}
+    parts = tuple(name + "." for name in [*projections, *["post_expert_norm"] * layout.has_norm])
+    unknown = sorted(name for name in tensors.keys() - known if not name.startswith(parts))
     if unknown:
         reasons.append(f"tensors that would be ignored: {', '.join(unknown)}")
     for name in projections:
-        reasons += _tensor_differences(name, tensors.get(name), 3)
+        try:
+            weight = stored_weight(module, name) if hasattr(module, name) else None
+        except (TypeError, ValueError) as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if not isinstance(weight, QuantizedWeight):
+            reasons += _tensor_differences(name, weight, 3)
     for name in biases:
         reasons += _tensor_differences(name, tensors.get(name), 2)
     if layout.has_norm and not callable(getattr(module, "post_expert_norm", None)):
@@ -435,10 +462,10 @@ def _declared_differences(module: nn.Module, layout: ExpertsLayout) -> list[str]
     if not reasons:
         num_experts, hidden_size, intermediate_size = layout.sizes(module)
         columns = intermediate_size * (2 if layout.gated else 1)
-        wanted = (columns, hidden_size)[:: -1 if layout.transposed else 1]
-        got, down = tensors[layout.first].shape, tensors["down_proj"].shape
+        wanted = (columns, hidden_size)[:: -1 if layout.lies_transposed(module) else 1]
+        got, down = (tuple(weight.shape) for weight in layout.weights(module))
         if got != (num_experts, *wanted):
-            reasons.append(f"{layout.first} is {tuple(got)} beside down_proj {tuple(down)}")
+            reasons.append(f"{layout.first} is {got} beside down_proj {down}")
     return reasons
 
 
@@ -532,6 +559,7 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
     order = -1 if layout.transposed else 1
     small = copy.copy(module)
     small._parameters = {
+        **module._parameters,  # scales of quantised weights, which its forward looks up and does not need
         layout.first: nn.Parameter(normal(num_experts, *(columns, hidden_size)[::order])),
         "down_proj": nn.Parameter(normal(num_experts, *(hidden_size, intermediate_size)[::order])),
     }
@@ -544,7 +572,8 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
     top_k_index, top_k_weights = torch.stack(choices).to(device), normal(num_tokens, top_k)
     try:
         with torch.no_grad():
-            own = type(module).forward.__wrapped__(small, hidden_states, top_k_index, top_k_weights)
+            # transformers wraps FP8Experts once more for every layer.
+            own = inspect.unwrap(type(module).forward)(small, hidden_states, top_k_index, top_k_weights)
             ours = moe_reference(
                 hidden_states, *layout.weights(small), top_k_index, top_k_weights, **layout.options(small)
             )
@@ -558,5 +587,10 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
 
 def _compute_device(module: nn.Module) -> torch.device:
     """Where to try things out: the module's device, or the CPU for a module without memory yet."""
-    tensor = next(module.parameters(), None)
+    tensor = first_tensor(module)
     return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
+
+
+def first_tensor(module: nn.Module) -> Tensor | None:
+    """Of its parameters, or, where all its weights are quantised, of its buffers."""
+    return next(itertools.chain(module.parameters(), module.buffers()), None)

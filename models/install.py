@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qllm_ops import MoeRun, PriorityFlag
+from qllm_ops import MoeRun, PriorityFlag, QuantizedWeight
 
 from .adapters import adopt, give_back
 from .choices import Choice
@@ -25,6 +25,7 @@ from .experts import (
     Preemption,
     UnsupportedExpertsError,
     experts_layout,
+    first_tensor,
     is_dispatched,
     preemptible,
     recorded_calls,
@@ -39,6 +40,8 @@ class InstalledExperts:
     Attributes:
         layout: its activation, and what is unusual about it.
         fused: whether the kernels compute the activation; else a method of the module does, between them.
+        dtype: of the weights, or, where they are quantised, of what is multiplied by them.
+        format: of quantised weights; None: they are not quantised.
     """
 
     name: str
@@ -51,14 +54,20 @@ class InstalledExperts:
     dtype: torch.dtype
     device: torch.device
     backend: str
+    format: str | None = None
 
 
 @dataclass(frozen=True)
 class InstallReport:
-    """What `install` took. Printable; ``len()`` is the number of experts modules."""
+    """What `install` took. Printable; ``len()`` is the number of experts modules.
+
+    Attributes:
+        note: what a user of the model may not expect; empty: nothing.
+    """
 
     model: str
     modules: tuple[InstalledExperts, ...]
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -67,10 +76,15 @@ class InstallReport:
         lines = [f"{self.model}: {len(self)} experts module{'s' if len(self) > 1 else ''} run by qllm-ops"]
         lines += [
             f"  {m.name}  {m.class_name}  E={m.num_experts} H={m.hidden_size} I={m.intermediate_size}"
-            f"  {m.layout}  {str(m.dtype).removeprefix('torch.')}  {m.device}  {m.backend}"
+            f"  {m.layout}  {_weights_of(m)}  {m.device}  {m.backend}"
             for m in self.modules
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *[f"  note: {self.note}"] * bool(self.note)])
+
+
+def _weights_of(m: InstalledExperts) -> str:
+    dtype = str(m.dtype).removeprefix("torch.")
+    return f"{m.format}, {dtype} activations" if m.format else dtype
 
 
 EXPERTS = Choice("_experts_implementation")
@@ -108,7 +122,7 @@ def install(
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     experts = find_experts(model)
     for name, module, _ in experts:
-        if next(module.parameters()).is_meta:
+        if first_tensor(module).is_meta:
             raise ValueError(
                 f"{name} has no weights in memory (meta device); load the model on one device first"
             )
@@ -124,7 +138,7 @@ def install(
             if adopt(module):
                 adopted.append(module)
         modules = tuple(
-            _describe(name, module, layout, flag, priority, backend) for name, module, layout in experts
+            _describe(model, name, layout, flag, priority, backend) for name, _, layout in experts
         )
         SETTINGS.update({module: settings for _, module, _ in experts})
         _prove_reached(model, experts)
@@ -138,7 +152,16 @@ def install(
                 SETTINGS[module] = old
         raise
     isolate(model)
-    return InstallReport(type(model).__name__, modules)
+    return InstallReport(type(model).__name__, modules, _note(model, modules))
+
+
+def _note(model: PreTrainedModel, modules: tuple[InstalledExperts, ...]) -> str:
+    method = getattr(model, "quantization_method", None)
+    if method is None or any(module.format for module in modules):
+        return ""
+    name = getattr(method, "value", method)
+    bits = modules[0].dtype.itemsize * 8
+    return f"{name} left these experts in {bits} bits; quantize_experts(model, format) quantises them"
 
 
 def uninstall(model: PreTrainedModel) -> bool:
@@ -224,22 +247,25 @@ def _some(names: list[str]) -> str:
 
 
 def _describe(
+    model: PreTrainedModel,
     name: str,
-    module: nn.Module,
     layout: ExpertsLayout,
     flag: PriorityFlag | None,
     priority: int,
     backend: str,
 ) -> InstalledExperts:
+    module = model.get_submodule(name)
     down = layout.weights(module)[1]
+    quantized = isinstance(down, QuantizedWeight)
+    dtype = _compute_dtype(model) if quantized else down.dtype
     num_experts, hidden_size, intermediate_size = layout.sizes(module)
     # A run over no tokens: the operator itself says whether it takes these weights, flag and backend.
     try:
         run = MoeRun(
-            down.new_empty(0, hidden_size),
+            torch.empty(0, hidden_size, dtype=dtype, device=down.device),
             *layout.weights(module),
             torch.empty(0, 1, dtype=torch.int64, device=down.device),
-            down.new_empty(0, 1),
+            torch.empty(0, 1, dtype=dtype, device=down.device),
             flag=flag,
             priority=priority,
             backend=backend,
@@ -255,10 +281,16 @@ def _describe(
         intermediate_size,
         str(layout),
         layout.activation is not None,
-        down.dtype,
+        dtype,
         down.device,
         run.backend,
+        down.format if quantized else None,
     )
+
+
+def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the hidden states, which weights of 8 bits do not say."""
+    return model.get_input_embeddings().weight.dtype
 
 
 def _prove_reached(model: PreTrainedModel, experts: list[tuple[str, nn.Module, ExpertsLayout]]) -> None:
@@ -288,13 +320,14 @@ def _prove_reached(model: PreTrainedModel, experts: list[tuple[str, nn.Module, E
         )
 
 
-def _call_blocks(model: nn.Module, names: list[str]) -> None:
+def _call_blocks(model: PreTrainedModel, names: list[str]) -> None:
     """Call the block around each of these experts modules on two tokens, if a block can be called so."""
     for name in names:
         experts = model.get_submodule(name)
         block = model.get_submodule(name.rpartition(".")[0])
-        tensor = next(experts.parameters())
         hidden_size = experts_layout(experts).sizes(experts)[1]
+        place = {"dtype": _compute_dtype(model), "device": first_tensor(experts).device}
+        zeros = torch.zeros(1, 2, hidden_size, **place)
         # A block that takes something else than hidden states proves nothing; its experts count as missed.
         with contextlib.suppress(Exception):
-            block(torch.zeros(1, 2, hidden_size, dtype=tensor.dtype, device=tensor.device))
+            block(zeros)

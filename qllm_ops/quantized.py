@@ -84,12 +84,13 @@ class QuantizedWeight:
     ) -> QuantizedWeight:
         """From a checkpoint such as DeepSeek-V3's: (E, N, K) float8_e4m3fn and a scale for every block.
 
-        Scales in float8_e8m0fnu are widened; the name is theirs, a weight is value times scale.
+        Scales of 8 or 16 bits are widened; the name is theirs, a weight is value times scale.
         """
-        if isinstance(weight_scale_inv, Tensor) and weight_scale_inv.dtype == torch.float8_e8m0fnu:
-            weight_scale_inv = weight_scale_inv.float()
+        scales = weight_scale_inv
+        if isinstance(scales, Tensor) and scales.is_floating_point() and scales.itemsize < 4:
+            scales = scales.float()
         columns = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() else 0
-        return cls(weight, weight_scale_inv, "fp8", tuple(block), columns)
+        return cls(weight, scales, "fp8", tuple(block), columns)
 
     @classmethod
     def from_mxfp4(cls, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
@@ -327,7 +328,7 @@ def _by_expert(
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got infinity or NaN")
     with torch.no_grad():
-        values, scales = zip(*(quantize(expert.float()) for expert in weight), strict=True)
+        values, scales = zip(*(quantize(expert.float().contiguous()) for expert in weight), strict=True)
         return QuantizedWeight(torch.stack(values), torch.stack(scales), format, block, weight.shape[2])
 
 

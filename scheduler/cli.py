@@ -51,6 +51,12 @@ class Gate(str, Enum):
     stream = "stream"
 
 
+class Format(str, Enum):
+    fp8 = "fp8"
+    mxfp4 = "mxfp4"
+    int4 = "int4"
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The entry point of ``qllm``."""
     try:
@@ -120,6 +126,10 @@ def replay(
     dtype: Annotated[
         Dtype | None,
         _in(MODEL, "--dtype", "Of the weights; by default as stored (presets: float32 on a CPU)."),
+    ] = None,
+    quantize: Annotated[
+        Format | None,
+        _in(MODEL, "--quantize", "Of the experts, as they are read; by default as stored."),
     ] = None,
     device: Annotated[
         str | None, _in(MODEL, "--device", '"cpu", "cuda" or "cuda:N"; by default CUDA where there is one.')

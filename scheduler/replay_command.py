@@ -40,6 +40,8 @@ from qllm_ops.scheduler.timeline import write_perfetto
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qllm_ops.models import InstallReport
+
 ONLY_SYNTHETIC = ("rate", "ls_fraction", "ls_prompt", "be_prompt", "ls_output", "be_output")
 ONLY_TRACE = ("time_scale", "max_prompt", "max_output")
 AT_LEAST = {"seed": 0, "threads": 1, "max_requests": 1, "max_prompt": 1, "max_output": 1, "kv_tokens": 1}
@@ -72,7 +74,7 @@ def run(o: SimpleNamespace, given: set[str], out: Console) -> list[str]:
     place = _place(o)
     _make_folder(o.out_dir)
     model, label = _load(o, place)
-    _check_fit(model, o, limits)
+    label += _formats(_check_fit(model, o, limits))
     described = _describe(o, arrivals)
     out.print(Text(f"{label}\n{described}"), soft_wrap=True)
     runs, slo_s = _replay(model, arrivals, o, limits, out)
@@ -219,14 +221,22 @@ def _load(o: SimpleNamespace, place: torch.device) -> tuple[PreTrainedModel, str
             dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
             path = save_preset(o.preset, folder, o.seed, dtype)
             label = f"{o.preset} (random weights): {PRESETS[o.preset].about}"
-        model = load(path, dtype=dtype, device=place, backend=o.backend.value)
+        quantize = o.quantize.value if o.quantize else None
+        model = load(path, dtype=dtype, device=place, backend=o.backend.value, quantize=quantize)
     return model, f"{label}, {str(model.dtype).removeprefix('torch.')}"
 
 
-def _check_fit(model: PreTrainedModel, o: SimpleNamespace, limits: Limits) -> None:
+def _check_fit(model: PreTrainedModel, o: SimpleNamespace, limits: Limits) -> InstallReport:
     """See that an engine takes the model and the limits before the clock runs."""
     with _bad_input(ValueError), _memory(f"--kv-tokens {limits.kv_tokens} needs more memory than there is"):
-        Engine(model, policy=o.policy[0], limits=limits, backend=o.backend.value, gate=o.gate.value).close()
+        engine = Engine(model, policy=o.policy[0], limits=limits, backend=o.backend.value, gate=o.gate.value)
+        engine.close()
+    return engine.report
+
+
+def _formats(report: InstallReport) -> str:
+    found = sorted({module.format for module in report.modules if module.format})
+    return f", experts in {' and '.join(found)}" if found else ""
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ sys.path.insert(0, str(PERF))
 
 import bench_load  # noqa: E402
 
-from qllm_ops.models.checkpoint import BUFFER_BYTES, READERS  # noqa: E402
+from qllm_ops.models.reader import BUFFER_BYTES, READERS  # noqa: E402
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory needs Linux's /proc")

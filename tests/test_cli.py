@@ -182,6 +182,23 @@ def test_one_class_only(qllm, tmp_path):
     assert "bfloat16" in report["meta"]["model"]
 
 
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+@pytest.mark.parametrize("stored", [True, False], ids=["model", "preset"])
+def test_quantised_experts(qllm, capsys, tmp_path, format, stored):
+    model = TINY
+    if stored:
+        model = ["--model", save_preset("tiny-qwen3-moe", tmp_path / "model"), "--kv-tokens", "2048"]
+    capsys.readouterr()
+    options = (*SHORT, "--quantize", format, "--policy", "tile", "--policy", "fcfs")
+    code, out, err = qllm("replay", *model, *options, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["meta"]["model"].endswith(f"float32, experts in {format}")
+    assert f"experts in {format}" in out
+    runs = report["policies"].values()
+    assert all(run["be"]["completed"] == run["be"]["requests"] > 0 for run in runs)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------
 
 
@@ -192,6 +209,10 @@ BAD = {
     "unknown preset": (["replay", "--preset", "huge"], ["'huge'", "demo"]),
     "unknown dtype": (["replay", "--dtype", "float8"], ["--dtype", "float8"]),
     "unknown backend": (["replay", "--backend", "cutlass"], ["--backend", "cutlass"]),
+    "unknown format": (["replay", "--quantize", "int3"], ["--quantize", "int3"]),
+    "quantised already": (
+        ["replay", "--model", "{tmp}/fp8", "--quantize", "int4"], ["{tmp}/fp8", "quantised already (fp8)"]
+    ),
     "unknown gate": (["replay", "--gate", "garden"], ["--gate", "garden"]),
     "not a number": (["replay", "--rate", "fast"], ["--rate"]),
     "one bound": (["replay", "--be-prompt", "64"], ["--be-prompt"]),
@@ -241,6 +262,9 @@ def bad_files(tmp_path_factory):
     cut.write_bytes(cut.read_bytes()[:-100])
     tiny_model("llama").save_pretrained(folder / "dense")
     tiny_model("doge").save_pretrained(folder / "doge")
+    config = save_preset("tiny", folder / "fp8") / "config.json"
+    quantization = {"quantization_config": {"quant_method": "fp8"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantization))
     write_trace(folder / "bad.csv", [(0, 8, 3), (1, "many", 3)])
     write_trace(folder / "empty.csv", [])
     return folder
@@ -401,7 +425,7 @@ def test_help_of_replay_names_every_option(qllm):
     options = (
         *("model", "preset", "ls-trace", "be-trace", "rate", "duration", "seed", "ls-fraction", "time-scale"),
         *("max-requests", "policy", "slo", "out", "kv-tokens", "max-batch", "prefill-tokens", "be-floor"),
-        *("aging", "top-up-tokens", "dtype", "device", "backend", "gate", "threads"),
+        *("aging", "top-up-tokens", "dtype", "device", "backend", "gate", "threads", "quantize"),
     )
     assert [name for name in options if f"--{name} " not in out] == []
 

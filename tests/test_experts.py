@@ -186,7 +186,7 @@ def test_a_layout_is_looked_at_again_when_the_activation_is_replaced():
 
 
 def test_experts_quantised_to_fp8():
-    """They ask another registry, where the name must lead to the same refusal."""
+    """They ask another registry, where the name must lead to the same function."""
     config = SimpleNamespace(
         hidden_size=128,
         num_local_experts=2,
@@ -198,10 +198,17 @@ def test_experts_quantised_to_fp8():
         type("QuantisedExperts", (FP8Experts,), {}), experts_interface=FP8ExpertsInterface()
     )
     experts = quantised(config, block_size=(128, 128))
+    for parameter in experts.parameters():
+        parameter.data.zero_()
+    batch = torch.zeros(1, 128), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     with pytest.raises(
-        UnsupportedExpertsError, match=r"QuantisedExperts is not supported.*scale_inv.*float8_e4m3fn"
+        UnsupportedExpertsError,
+        match=r"QuantisedExperts is not supported.*gate_up_proj: scales must be positive.*down_proj: scales",
     ):
-        experts(torch.zeros(1, 128), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+        experts(*batch)
+    for scales in (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv):
+        scales.data.fill_(1)
+    assert torch.equal(experts(*batch), torch.zeros(1, 128))
 
 
 def test_importing_registers_one_function():

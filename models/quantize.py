@@ -1,0 +1,64 @@
+"""Quantise the experts of a model that is in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qllm_ops.quantized import QUANTIZERS, QuantizedWeight
+
+from .experts import ExpertsLayout, UnsupportedExpertsError
+from .install import find_experts
+from .projections import QuantizedProjection
+
+
+@torch.no_grad()
+def quantize_experts(model: PreTrainedModel, format: str) -> None:
+    """Replace the weights of every experts module of ``model`` by quantised ones. There is no way back.
+
+    One projection of one layer at a time, so that little is in memory twice. From then on only `moe` computes
+    the model: :func:`install` it, before or after this call. Biases, routers, shared experts and everything
+    outside of the experts stay as they are. The model cannot be saved: save the dense one.
+
+    Args:
+        format: "fp8" (blocks of 128 x 128), "mxfp4", or "int4" (symmetric, groups of 128).
+
+    Raises:
+        ValueError: no such format, no experts in the model, or they are quantised already.
+        UnsupportedExpertsError: experts that qllm-ops does not support, or supports with dense weights only.
+    """
+    check_format(format)
+    experts = find_experts(model)
+    for name, module, layout in experts:
+        check_quantizable(type(module).__name__, layout)
+        if any(isinstance(weight, QuantizedWeight) for weight in layout.weights(module)):
+            raise ValueError(f"{name} is quantised already: {layout.weights(module)[1]}")
+    for _, module, layout in experts:
+        for name in (layout.first, "down_proj"):
+            weight = quantize_stored(getattr(module, name), layout, format)
+            delattr(module, name)
+            setattr(module, name, QuantizedProjection(weight))
+    model.save_pretrained = refuse_to_save
+
+
+def refuse_to_save(*args: object, **kwargs: object) -> None:
+    """What `save_pretrained` of a model with quantised experts is: nobody could load what it would write."""
+    raise NotImplementedError("a model with experts that qllm-ops holds quantised cannot be saved")
+
+
+def check_format(format: str) -> None:
+    if format not in QUANTIZERS:
+        raise ValueError(f"format must be one of {', '.join(QUANTIZERS)}, got {format!r}")
+
+
+def check_quantizable(class_name: str, layout: ExpertsLayout) -> None:
+    """Refuse a class whose weights are not its own gate_up_proj and down_proj."""
+    if layout.stored:
+        reason = "its weights are fused by qllm-ops, and those are not quantised"
+        raise UnsupportedExpertsError(f"{class_name} cannot be quantised by qllm-ops: {reason}", (reason,))
+
+
+def quantize_stored(weight: Tensor, layout: ExpertsLayout, format: str) -> QuantizedWeight:
+    """A dense weight as it lies in the experts module, quantised in rows."""
+    return QUANTIZERS[format](weight.detach().mT if layout.transposed else weight.detach())

@@ -1,0 +1,234 @@
+"""Which tensors of a checkpoint are one quantised weight, and how they become a `QuantizedWeight`.
+
+    method of the config    stored                                                               format
+    fp8                     X (N, K) float8, X_scale_inv (N / 128, K / 128)                      fp8
+    mxfp4                   X_blocks (E, N, K / 32, 16) uint8, X_scales (E, N, K / 32) uint8     mxfp4
+    compressed-tensors      X_packed (N, K / 8) int32, X_scale (N, K / group), X_shape (2,)      int4
+
+Each such weight takes the place of the dense tensor X that it stands for, so that transformers' tables, which
+know X, say where it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qllm_ops import QuantizedWeight
+
+from .shards import CheckpointError, StoredTensor
+
+METHODS = ("fp8", "mxfp4", "compressed-tensors")
+"""Of quantization_config in config.json."""
+
+Slots = list[tuple[StoredTensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantised weight in a checkpoint, instead of a `StoredTensor` of the dense one.
+
+    Attributes:
+        name: the dense tensor's.
+        shape: the dense tensor's, as the model has it.
+        dtype: what it becomes where the model wants it dense and does not say as what.
+        format, block: as of `QuantizedWeight`.
+        values, scales: where they are.
+        transposed: ``shape`` is (E, K, N), while the values lie as (E, N, K).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    format: str
+    block: tuple[int, int]
+    values: StoredTensor
+    scales: StoredTensor
+    transposed: bool = False
+
+    @property
+    def file(self) -> Any:
+        return self.values.file
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    @property
+    def rows_and_columns(self) -> tuple[int, int]:
+        """N and K."""
+        n, k = self.shape[-2:]
+        return (k, n) if self.transposed else (n, k)
+
+    def __str__(self) -> str:
+        return str(self.values)
+
+
+# -- finding them ----------------------------------------------------------------------------------------
+
+
+def gather(
+    stored: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> dict[str, StoredTensor | QuantizedTensor]:
+    """``stored`` with every quantised weight in the place of its parts.
+
+    Args:
+        quantization: quantization_config of config.json, of one of METHODS.
+        dtype: of weights that the model wants dense.
+
+    Raises:
+        CheckpointError: a part is missing, surplus, or of a kind that is not read.
+    """
+    find = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _packed}[quantization["quant_method"]]
+    left = dict(stored)
+    found = {tensor.name: tensor for tensor in find(left, quantization, dtype)}
+    for name in found.keys() & left.keys():
+        raise CheckpointError(f"{left[name]} is there twice, dense and quantised ({found[name]})")
+    for tensor in left.values():
+        if tensor.code.startswith("F8_"):
+            raise CheckpointError(f"{tensor} is float8, but no tensor of its scales is there")
+    return left | found
+
+
+def _fp8(
+    left: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> Iterator[QuantizedTensor]:
+    for name in [name for name in left if name.endswith("activation_scale")]:
+        del left[name]  # of activations in 8 bits; here they have 16
+    for name in [name for name in left if name.endswith("_scale_inv")]:
+        scales = left.pop(name)
+        values = _take(left, name.removesuffix("_scale_inv"), scales)
+        block = quantization.get("weight_block_size") or _one_block(values.shape)
+        yield QuantizedTensor(values.name, values.shape, dtype, "fp8", tuple(block), values, scales)
+
+
+def _mxfp4(
+    left: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> Iterator[QuantizedTensor]:
+    for name in [name for name in left if name.endswith("_blocks")]:
+        base = name.removesuffix("_blocks")
+        values = left.pop(name)
+        scales = _take(left, base + "_scales", values)
+        if len(values.shape) != 4 or values.shape[3] != 16:
+            raise CheckpointError(f"{values} has shape {list(values.shape)}, wanted [E, N, K / 32, 16]")
+        experts, rows, groups, _ = values.shape
+        shape = (experts, 32 * groups, rows)
+        yield QuantizedTensor(base, shape, dtype, "mxfp4", (1, 32), values, scales, transposed=True)
+
+
+def _packed(
+    left: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> Iterator[QuantizedTensor]:
+    for name in [name for name in left if name.endswith("_packed")]:
+        base = name.removesuffix("_packed")
+        values = left.pop(name)
+        scales = _take(left, base + "_scale", values)
+        left.pop(base + "_shape", None)
+        for other in (base + "_zero_point", base + "_g_idx", base + "_global_scale"):
+            if other in left:
+                raise CheckpointError(
+                    f"{left[other]}: only symmetric 4-bit groups in order are read, wanted no such tensor"
+                )
+        if len(values.shape) != 2 or values.code != "I32" or len(scales.shape) != 2:
+            raise CheckpointError(
+                f"{values} is {values.code} {list(values.shape)} with scales {list(scales.shape)}, "
+                "wanted I32 [N, K / 8] and [N, K / group]"
+            )
+        bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()}
+        if bits != {4}:
+            raise CheckpointError(f"{values} has {bits} bits by config.json, wanted 4")
+        rows, columns, groups = values.shape[0], 8 * values.shape[1], scales.shape[1]
+        group = columns // groups if columns % groups == 0 else 0
+        yield QuantizedTensor(base, (rows, columns), dtype, "int4", (1, group), values, scales)
+
+
+def _take(left: dict[str, StoredTensor], name: str, beside: StoredTensor) -> StoredTensor:
+    if name not in left:
+        raise CheckpointError(f"{beside} belongs to a tensor {name}, which is in no file")
+    return left.pop(name)
+
+
+def _one_block(shape: tuple[int, ...]) -> tuple[int, int]:
+    """All of a weight that has one scale; columns as a power of two, which `QuantizedWeight` wants."""
+    return shape[-2], 1 << max(4, (shape[-1] - 1).bit_length())
+
+
+# -- reading them ----------------------------------------------------------------------------------------
+
+
+class Assembly:
+    """The memory of one `QuantizedWeight`, and which stored tensor fills which part of it.
+
+    Args:
+        sources: one tensor of all experts; or for each of what lies below one another (gate and up) a
+            list with one tensor for each expert.
+
+    Attributes:
+        slots: what is to be read where, before `weight` is called.
+
+    Raises:
+        CheckpointError: the tensors are of different formats or shapes, or their blocks do not meet.
+    """
+
+    def __init__(self, sources: list[list[QuantizedTensor]], device: torch.device):
+        self.first = sources[0][0]
+        self.slots: Slots = []
+        for tensor in (tensor for tensors in sources for tensor in tensors):
+            _check_alike(self.first, tensor)
+        rows = self.first.rows_and_columns[0]
+        if len(sources) > 1 and rows % self.first.block[0]:
+            raise CheckpointError(
+                f"{self.first}: blocks of {self.first.block[0]} rows do not divide its {rows} rows, so what "
+                "lies below one another would share blocks; this is not supported"
+            )
+        values = [[tensor.values for tensor in tensors] for tensors in sources]
+        scales = [[tensor.scales for tensor in tensors] for tensors in sources]
+        self._values, self._scales = self._allocate(values, device), self._allocate(scales, device)
+
+    def _allocate(self, sources: list[list[StoredTensor]], device: torch.device) -> torch.Tensor:
+        first = sources[0][0]
+        dtype = torch.float32 if first is self.first.scales and self.first.format == "fp8" else first.dtype
+        if len(first.shape) > 2:  # all experts in one tensor
+            whole = torch.empty(first.shape, dtype=dtype, device=device)
+            self.slots.append((first, whole))
+            return whole.flatten(2)
+        rows, columns = first.shape if len(first.shape) == 2 else (1, 1)
+        whole = torch.empty(len(sources[0]), len(sources) * rows, columns, dtype=dtype, device=device)
+        apart = whole.unflatten(1, (len(sources), rows))
+        self.slots += [
+            (tensor, apart[expert, part])
+            for part, tensors in enumerate(sources)
+            for expert, tensor in enumerate(tensors)
+        ]
+        return whole
+
+    def weight(self) -> QuantizedWeight:
+        """Raises CheckpointError for numbers that are none."""
+        columns = self.first.rows_and_columns[1]
+        values = self._values.view(torch.uint8) if self._values.dtype == torch.int32 else self._values
+        try:
+            return QuantizedWeight(values, self._scales, self.first.format, self.first.block, columns)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.first}, or one that lies beside it: {error}") from error
+
+    def dequantized(self) -> torch.Tensor:
+        """In float32 and the shape of the dense tensor; of one source."""
+        dense = self.weight().dequantize()
+        return (dense.mT if self.first.transposed else dense).reshape(self.first.shape)
+
+
+def _check_alike(first: QuantizedTensor, other: QuantizedTensor) -> None:
+    for what in ("format", "block", "shape"):
+        wanted, got = getattr(first, what), getattr(other, what)
+        if wanted != got:
+            raise CheckpointError(
+                f"{other} has {what} {got}, but {first} beside it {wanted}; wanted them alike"
+            )
+    if first.scales.shape != other.scales.shape or first.scales.code != other.scales.code:
+        raise CheckpointError(
+            f"{other.scales} is {other.scales.code} {list(other.scales.shape)}, but {first.scales} beside it "
+            f"{first.scales.code} {list(first.scales.shape)}; wanted them alike"
+        )

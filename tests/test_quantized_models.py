@@ -1,0 +1,596 @@
+"""Models with quantised experts: made of dense ones, loaded as stored, or as transformers has them."""
+
+import copy
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from qllm_ops import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
+from qllm_ops.models import (
+    CheckpointError,
+    UnsupportedExpertsError,
+    install,
+    load,
+    make_preset,
+    quantize_experts,
+    uninstall,
+    warming_up,
+)
+from qllm_ops.models.projections import QuantizedProjection
+from qllm_ops.quantized import FORMATS, QUANTIZERS
+
+IDS = torch.arange(20).reshape(2, 10)
+DENSE = ("tiny", "tiny-qwen3-moe", "tiny-deepseek-v3", "gpt_oss", "nemotron_h")
+SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16, "pad_token_id": None}
+
+
+def small(model_type, **sizes):
+    """Seeded; of sizes that blocks of 128 x 128 divide, attention excepted."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(model_type, **SIZES, **heads, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def qwen3():
+    return small("qwen3_moe", num_experts=4, moe_intermediate_size=128)
+
+
+def gpt_oss():
+    return small("gpt_oss", num_local_experts=4, intermediate_size=96)
+
+
+def dense_model(name):
+    return make_preset(name) if name.startswith("tiny") else tiny_model(name)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def assert_same_logits(got, wanted, tolerance=1e-5):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * wanted.abs().max())
+
+
+def experts_of(model):
+    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+
+
+def projections_of(model):
+    """The held weights by name."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedProjection)}
+    return {name: module.weight for name, module in found.items()}
+
+
+def put_dense(model, weights):
+    """Give a dense model, under the same names, what quantised weights stand for."""
+    for name, weight in weights.items():
+        dense = weight.dequantize()
+        parameter = model.get_parameter(name)
+        parameter.data.copy_(dense if parameter.shape == dense.shape else dense.mT)
+
+
+# -- from dense ones -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", DENSE)
+def test_experts_are_quantised_and_nothing_else(name, format):
+    dense, model = dense_model(name), dense_model(name)
+    quantize_experts(model, format)
+    held = projections_of(model)
+    assert {weight.format for weight in held.values()} == {format}
+    others = dict(model.named_parameters())
+    assert not held.keys() & others.keys()
+    assert held.keys() | others.keys() == dict(dense.named_parameters()).keys()
+    for key, parameter in others.items():
+        assert torch.equal(parameter, dense.get_parameter(key)), key
+    for key, weight in held.items():
+        wanted = dense.get_parameter(key)
+        wanted = wanted if wanted.shape == weight.shape else wanted.mT
+        assert torch.equal(weight.dequantize(), QUANTIZERS[format](wanted).dequantize()), key
+
+    report = install(model)
+    assert {m.format for m in report.modules} == {format}
+    assert f"{format}, float32 activations" in str(report)
+    put_dense(dense, held)
+    assert_same_logits(logits(model), logits(dense))
+
+
+def test_installed_before_or_after():
+    first, then = make_preset("tiny"), make_preset("tiny")
+    install(first)
+    quantize_experts(first, "int4")
+    quantize_experts(then, "int4")
+    install(then)
+    assert torch.equal(logits(first), logits(then))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_dtype_leaves_the_quantised_weights_as_they_are(format):
+    model = make_preset("tiny-qwen3-moe")
+    quantize_experts(model, format)
+    install(model)
+    before = {name: (w.values.clone(), w.scales.clone()) for name, w in projections_of(model).items()}
+    model.bfloat16()
+    assert model.dtype == torch.bfloat16
+    for name, weight in projections_of(model).items():
+        values, scales = before[name]
+        assert weight.values.dtype == values.dtype
+        assert torch.equal(weight.values.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(weight.scales, scales)
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_moved_buffers_are_described_anew():
+    model = make_preset("tiny")
+    quantize_experts(model, "int4")
+    install(model)
+    wanted = logits(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedProjection):
+            module._apply(torch.clone)
+            assert module.weight.values is module.values
+    assert torch.equal(logits(model), wanted)
+
+
+def test_a_copy_computes_the_same():
+    model = make_preset("tiny")
+    quantize_experts(model, "mxfp4")
+    install(model)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_state_dict_restores_the_weights():
+    model, other = make_preset("tiny"), make_preset("tiny", seed=1)
+    for each in (model, other):
+        quantize_experts(each, "int4")
+        install(each)
+    assert not torch.equal(logits(model), logits(other))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_only_ours_computes_them_and_nobody_saves_them(tmp_path):
+    model = make_preset("tiny")
+    quantize_experts(model, "int4")
+    for implementation, error in (("eager", TypeError), ("grouped_mm", AttributeError)):
+        model.set_experts_implementation(implementation)
+        with pytest.raises(error, match=r"qllm_ops.models.install\(model\)"):
+            logits(model)
+    with pytest.raises(NotImplementedError, match="quantised cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_warming_up_knows_quantised_weights():
+    model = make_preset("tiny")
+    quantize_experts(model, "int4")
+    install(model)
+    wanted = logits(model)
+    with warming_up(None):
+        assert torch.equal(logits(model), wanted)
+
+
+def test_what_cannot_be_quantised():
+    with pytest.raises(ValueError, match=r"format must be one of fp8, mxfp4, int4, got 'int3'"):
+        quantize_experts(make_preset("tiny"), "int3")
+    with pytest.raises(ValueError, match="no MoE experts"):
+        quantize_experts(tiny_model("llama"), "int4")
+    model = make_preset("tiny")
+    quantize_experts(model, "int4")
+    with pytest.raises(ValueError, match=r"experts is quantised already: int4"):
+        quantize_experts(model, "fp8")
+
+
+def test_experts_that_were_fused_are_refused_and_stay():
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    heads = {"kv_n_heads": 2, "rope_theta": 1e4}
+    config = AutoConfig.for_model(
+        "dbrx", d_model=64, n_heads=4, n_layers=1, vocab_size=64, ffn_config=experts, attn_config=heads
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(UnsupportedExpertsError, match="DbrxExperts cannot be quantised"):
+        quantize_experts(model, "int4")
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+
+
+# -- as they are stored ----------------------------------------------------------------------------------
+
+
+def in_fp8(tensors, block=(128, 128), scale_dtype=torch.float32):
+    """Every projection of a layer, attention's too, as FP8 checkpoints have them."""
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        weight = quantize_fp8(tensors[name][None], block)
+        tensors[name] = weight.values[0]
+        tensors[name + "_scale_inv"] = weight.scales[0].to(scale_dtype)
+    return {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+
+
+def in_mxfp4(tensors):
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        weight = quantize_mxfp4(tensors.pop(name).mT)
+        tensors[name + "_blocks"] = weight.values.unflatten(2, (-1, 16)).contiguous()
+        tensors[name + "_scales"] = weight.scales.contiguous()
+    return {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}
+
+
+def in_int4(tensors, group=64):
+    for name in [n for n in tensors if ".experts." in n]:
+        weight = quantize_int4(tensors[name][None], group)
+        shape = torch.tensor(tensors.pop(name).shape)
+        tensors[name + "_packed"] = weight.values[0].view(torch.int32)
+        tensors[name + "_scale"] = weight.scales[0].contiguous()
+        tensors[name + "_shape"] = shape
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def mixtral():
+    return small("mixtral", num_local_experts=4, intermediate_size=96)
+
+
+STORED = {
+    "fp8": (qwen3, in_fp8),
+    "fp8, scales of 16 bits": (qwen3, functools.partial(in_fp8, scale_dtype=torch.bfloat16)),
+    "fp8, exponents as scales": (qwen3, functools.partial(in_fp8, scale_dtype=torch.float8_e8m0fnu)),
+    "fp8, small blocks": (qwen3, functools.partial(in_fp8, block=(64, 32))),
+    "mxfp4": (gpt_oss, in_mxfp4),
+    "int4": (qwen3, in_int4),
+    "int4, groups of 32": (mixtral, functools.partial(in_int4, group=32)),
+}
+
+
+def save_quantized(folder, model, quantise):
+    model.save_pretrained(folder, save_original_format=True)
+    change(folder, quantise)
+    return folder
+
+
+def change(folder, how):
+    """Change the tensors, and with a result the quantization_config, of a saved model."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    quantization = how(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    if quantization:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = quantization
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(params=STORED)
+def stored(request, tmp_path):
+    """A folder with a quantised checkpoint, the dense model it was made of, and its format."""
+    make, quantise = STORED[request.param]
+    model = make()
+    return save_quantized(tmp_path, model, quantise), model, request.param.partition(",")[0]
+
+
+def test_experts_stay_as_they_are_stored(stored):
+    folder, dense, format = stored
+    model = load(folder)
+    held = projections_of(model)
+    assert len(held) == 2 * len(experts_of(dense))
+    assert {weight.format for weight in held.values()} == {format}
+    assert model.dtype == torch.float32
+    assert not hasattr(model.config, "quantization_config")
+    # Everything else, dequantised, and the experts, as somebody else's sum of them says.
+    compared = load(folder, install=False)
+    assert {name for name, _ in compared.named_parameters()} == {n for n, _ in dense.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, compared.get_parameter(name)), name
+    for name, weight in held.items():
+        wanted = compared.get_parameter(name)
+        assert torch.equal(weight.dequantize(), wanted if wanted.shape == weight.shape else wanted.mT), name
+    compared.set_experts_implementation("eager")
+    assert_same_logits(logits(model), logits(compared))
+    # Not another model: the dense one's logits but for the quantisation.
+    difference = (logits(model) - logits(dense)).norm() / logits(dense).norm()
+    assert difference < 0.5
+    with pytest.raises(NotImplementedError, match="cannot be saved"):
+        model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "int4"])
+def test_stored_numbers_arrive_unchanged(name, tmp_path):
+    """Against the tensors of the file, by hand."""
+    make, quantise = STORED[name]
+    tensors = load_file(save_quantized(tmp_path, make(), quantise) / "model.safetensors")
+    held = projections_of(load(tmp_path))
+    if name == "mxfp4":
+        for key, weight in held.items():
+            assert torch.equal(weight.values, tensors[key + "_blocks"].flatten(2))
+            assert torch.equal(weight.scales, tensors[key + "_scales"])
+        return
+    for key, weight in held.items():
+        parts = ("gate_proj", "up_proj") if "gate_up" in key else ("down_proj",)
+        stem = key.rpartition(".")[0]
+        ends = (".weight", ".weight_scale_inv") if name == "fp8" else (".weight_packed", ".weight_scale")
+        for expert in range(4):
+            for end, got in zip(ends, (weight.values, weight.scales), strict=True):
+                wanted = torch.cat([tensors[f"{stem}.{expert}.{part}{end}"] for part in parts])
+                wanted = wanted.view(torch.uint8) if wanted.dtype == torch.int32 else wanted
+                assert torch.equal(got[expert].float(), wanted.float()), (key, expert, end)
+
+
+def test_dtype_is_of_what_is_not_quantised(tmp_path):
+    save_quantized(tmp_path, qwen3(), in_fp8)
+    model = load(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {weight.values.dtype for weight in projections_of(model).values()} == {torch.float8_e4m3fn}
+    assert logits(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["tiny", "tiny-deepseek-v3", "gpt_oss", "nemotron_h"])
+def test_quantised_while_they_are_read(name, format, tmp_path):
+    model = dense_model(name)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, quantize=format)
+    quantize_experts(model, format)
+    install(model)
+    wanted = projections_of(model)
+    assert projections_of(loaded).keys() == wanted.keys()
+    for key, weight in projections_of(loaded).items():
+        assert torch.equal(weight.dequantize(), wanted[key].dequantize()), key
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_generates_what_the_dequantised_model_does(tmp_path):
+    save_quantized(tmp_path, gpt_oss(), in_mxfp4)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    ours, theirs = load(tmp_path), load(tmp_path, install=False)
+    assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+LAYER = "model.layers.1.mlp.experts."
+GATE = LAYER + "2.gate_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+DAMAGE = []
+
+
+def damage(kind, *words):
+    """Of a checkpoint of STORED; the message of the refusal has these words."""
+
+    def add(function):
+        DAMAGE.append(pytest.param(kind, function, words, id=function.__name__))
+        return function
+
+    return add
+
+
+@damage("fp8", QUERY, "is float8", "scales")
+def no_scales(tensors):
+    del tensors[QUERY + "_scale_inv"]
+
+
+@damage("fp8", QUERY + "_scale_inv belongs to", QUERY)
+def no_values(tensors):
+    del tensors[QUERY]
+
+
+@damage("fp8", GATE + "_scale_inv")
+def no_scales_of_one_expert(tensors):
+    del tensors[GATE + "_scale_inv"]
+
+
+@damage("fp8", "_scale_inv", "[1, 1]", "[1, 2]")
+def one_column_of_scales(tensors):
+    tensors[GATE + "_scale_inv"] = tensors[GATE + "_scale_inv"][:, :1].clone()
+
+
+@damage("fp8", "scales must be (4, 2, 2)", "gate_proj", "(4, 2, 1)")
+def every_column_of_scales_but_one(tensors):
+    for name in [n for n in tensors if n.startswith(LAYER) and n.endswith("scale_inv") and "down" not in n]:
+        tensors[name] = tensors[name][:, :1].clone()
+
+
+@damage("fp8", "gate_proj", "positive and finite", "0.0")
+def a_scale_of_zero(tensors):
+    tensors[GATE + "_scale_inv"].zero_()
+
+
+@damage("fp8", "gate_proj", "positive and finite", "nan")
+def a_scale_that_is_no_number(tensors):
+    tensors[GATE + "_scale_inv"][0, 1] = float("nan")
+
+
+@damage("fp8", "gate_proj.weight is dense", "up_proj.weight beside it is fp8", "alike")
+def every_gate_dense(tensors):
+    for expert in range(4):
+        name = f"{LAYER}{expert}.gate_proj.weight"
+        tensors[name] = tensors[name].float()
+        del tensors[name + "_scale_inv"]
+
+
+@damage("int4", LAYER + "down_proj is dense", LAYER + "gate_up_proj int4", "alike")
+def one_projection_dense(tensors):
+    for expert in range(4):
+        name = f"{LAYER}{expert}.down_proj.weight"
+        for part in ("_packed", "_scale", "_shape"):
+            del tensors[name + part]
+        tensors[name] = torch.zeros(256, 128)
+
+
+@damage("fp8", "blocks of 48 rows", "128 rows", "share blocks")
+def blocks_that_gate_and_up_would_share(tensors):
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        weight = quantize_fp8(torch.ones(1, *tensors[name].shape), (48, 128))
+        tensors[name], tensors[name + "_scale_inv"] = weight.values[0], weight.scales[0]
+    return {"quant_method": "fp8", "weight_block_size": [48, 128]}
+
+
+@damage("int4", QUERY + "_zero_point", "symmetric")
+def zero_points(tensors):
+    weight = quantize_int4(tensors.pop(QUERY)[None], 64)
+    tensors[QUERY + "_packed"] = weight.values[0].view(torch.int32)
+    tensors[QUERY + "_scale"] = weight.scales[0].contiguous()
+    tensors[QUERY + "_zero_point"] = torch.zeros(8, 4, dtype=torch.int32)
+
+
+@damage("int4", "{8} bits", "wanted 4")
+def eight_bits(tensors):
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups}
+
+
+@damage("int4", GATE, "block", "wanted them alike")
+def a_group_that_does_not_divide(tensors):
+    tensors[GATE + "_scale"] = tensors[GATE + "_scale"][:, :3].clone()
+
+
+@damage("int4", LAYER, ".gate_proj.weight", "twice")
+def dense_and_quantised(tensors):
+    for expert in range(4):
+        tensors[f"{LAYER}{expert}.gate_proj.weight"] = torch.zeros(128, 256)
+
+
+@damage("int4", GATE + "_packed", "[128, 256]", "[128, 224]")
+def a_packed_tensor_that_is_too_short(tensors):
+    tensors[GATE + "_packed"] = tensors[GATE + "_packed"][:, :-4].clone()
+
+
+@damage("int4", GATE + "_packed", "wanted I32 [N, K / 8]")
+def packed_in_bytes(tensors):
+    tensors[GATE + "_packed"] = tensors[GATE + "_packed"].view(torch.uint8)
+
+
+@damage("mxfp4", LAYER + "down_proj_blocks belongs to", LAYER + "down_proj_scales")
+def no_exponents(tensors):
+    del tensors[LAYER + "down_proj_scales"]
+
+
+@damage("mxfp4", "down_proj", "0 to 254")
+def exponents_that_are_no_number(tensors):
+    tensors[LAYER + "down_proj_scales"].fill_(255)
+
+
+@damage("mxfp4", "down_proj", "[3, 96, 256]", "[4, 96, 256]")
+def another_number_of_experts(tensors):
+    for part in ("_blocks", "_scales"):
+        tensors[LAYER + "down_proj" + part] = tensors[LAYER + "down_proj" + part][:-1].clone()
+
+
+@damage("mxfp4", "down_proj_blocks", "[4, 256, 48]", "wanted [E, N, K / 32, 16]")
+def blocks_that_are_none(tensors):
+    tensors[LAYER + "down_proj_blocks"] = tensors[LAYER + "down_proj_blocks"].flatten(2)
+
+
+@pytest.mark.parametrize(("kind", "how", "words"), DAMAGE)
+def test_damage_is_named(kind, how, words, tmp_path):
+    make, quantise = STORED[kind]
+    save_quantized(tmp_path, make(), quantise)
+    change(tmp_path, how)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_quantize_is_refused_where_it_cannot_be(tmp_path):
+    save_quantized(tmp_path, qwen3(), in_fp8)
+    with pytest.raises(ValueError, match=r"quantize must be None .* \(fp8\), got 'int4'"):
+        load(tmp_path, quantize="int4")
+    make_preset("tiny").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"format must be one of .*, got 'int2'"):
+        load(tmp_path / "dense", quantize="int2")
+    with pytest.raises(ValueError, match=r"quantize needs install=True"):
+        load(tmp_path / "dense", quantize="int4", install=False)
+
+
+# -- as transformers has them ----------------------------------------------------------------------------
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "gate"]
+"""Left in 16 bits, because transformers multiplies float8 only on GPUs."""
+
+
+def with_fp8_experts(model, **options):
+    """A copy whose experts are transformers' `FP8Experts`, and the model itself with what they stand for."""
+    config = FineGrainedFP8Config(**options)
+    quantised = copy.deepcopy(model)
+    replace_with_fp8_linear(quantised, LINEAR, config)
+    quantizer = Fp8Quantize(SimpleNamespace(quantization_config=config))
+    for name, module in experts_of(quantised).items():
+        for leaf in ("gate_up_proj", "down_proj"):
+            dense = model.get_parameter(f"{name}.{leaf}")
+            values, scales = quantizer._quantize_one(leaf, dense.data).values()
+            if config.weight_block_size is None:  # where theirs is a scale for gate and for up
+                scales = scales.view(-1, 1, 1).expand(getattr(module, leaf + "_scale_inv").shape).clone()
+            setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+            setattr(module, leaf + "_scale_inv", nn.Parameter(scales, requires_grad=False))
+            rows = -(-values.shape[1] // scales.shape[1])
+            block = config.weight_block_size or (rows, 256)
+            dense.data.copy_(QuantizedWeight.from_fp8(values, scales, tuple(block)).dequantize())
+    return quantised, model
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale_fmt": "ue8m0"}, {"weight_block_size": (64, 64)}, {"weight_block_size": None}],
+    ids=str,
+)  # fmt: skip
+def test_fp8_experts_of_transformers(options):
+    quantised, dense = with_fp8_experts(qwen3(), **options)
+    report = install(quantised)
+    assert {(m.class_name, m.format) for m in report.modules} == {("FP8Experts", "fp8")}
+    assert_same_logits(logits(quantised), logits(dense))
+    assert uninstall(quantised)
+    assert quantised.config._experts_implementation != "qllm"
+
+
+def test_moved_fp8_experts_are_described_anew():
+    quantised, _ = with_fp8_experts(qwen3())
+    install(quantised)
+    wanted = logits(quantised)
+    for module in experts_of(quantised).values():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+            if parameter.dtype == torch.float8_e4m3fn:
+                stale = parameter
+    assert torch.equal(logits(quantised), wanted)
+    stale.data = torch.zeros_like(stale.data)
+    assert not torch.equal(logits(quantised), wanted)
+
+
+def test_fp8_experts_with_a_clamp():
+    """The class builds its own gating from the config, whatever the model's was."""
+    model = qwen3()
+    model.config.swiglu_limit = 7.0
+    quantised, _ = with_fp8_experts(model)
+    assert "silu(limit=7)" in str(install(quantised))
+
+
+def test_mxfp4_experts_of_transformers_are_sent_to_load():
+    model = gpt_oss()
+
+    class Mxfp4GptOssExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(4))
+
+    for layer in model.model.layers:
+        layer.mlp.experts = Mxfp4GptOssExperts()
+    with pytest.raises(UnsupportedExpertsError, match=r"Mxfp4GptOssExperts: .*qllm_ops.models.load"):
+        install(model)
+
+
+def test_what_bitsandbytes_leaves_is_said():
+    model = make_preset("tiny", dtype=torch.bfloat16)
+    model.quantization_method = "bitsandbytes"
+    assert "note: bitsandbytes left these experts in 16 bits" in str(install(model))
+    assert "note:" not in str(install(make_preset("tiny")))
