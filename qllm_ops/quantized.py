@@ -35,6 +35,10 @@ SCALE_DTYPES = {
     "int4": (torch.bfloat16, torch.float16, torch.float32),
 }
 
+PIECE = 2**15
+"""How many numbers are quantised at a time on a CPU: what is made of them stays in its cache, and for so few
+torch wakes no other threads, which costs more than it brings where somebody else needs the cores."""
+
 INT4_DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.75, 9.5)
 """Steps that the largest number of a group may be taken as; the one with the least squared error is. The
 range ends at 7 and -8: beyond that the largest numbers are cut off, and all the others get finer steps."""
@@ -293,9 +297,14 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
         exponents = torch.frexp(groups.abs().amax(2, keepdim=True)).exponent - 3
         tried = [(exponents + more).clamp_(-127, 127) for more in (0, 1)]
         one = torch.ones_like(groups[:, :, :1])
-        best, codes = _least_error(groups, [torch.ldexp(one, n) for n in tried], _e2m1)
-        exponents = torch.where(best == 0, tried[0], tried[1])
-        return _packed(codes.flatten(1)[:, : expert.shape[1]]), (exponents[..., 0] + 127).to(torch.uint8)
+        scales = [torch.ldexp(one, n) for n in tried]
+        best = _least_error(groups, scales, _nearest_e2m1)
+        values = _nearest_e2m1(groups / torch.where(best == 0, *scales))
+        # Times 2 ** -14 these are float16 numbers that end after two bits of exponent and one of mantissa.
+        bits = values.mul_(2.0**-14).half().view(torch.int16)
+        codes = ((bits >> 12) & 8).bitwise_or_((bits >> 9) & 7).to(torch.uint8)
+        exponents = torch.where(best == 0, *tried) + 127
+        return _packed(codes.flatten(1)[:, : expert.shape[1]]), exponents[..., 0].to(torch.uint8)
 
     return _by_expert(weight, quantize, "mxfp4", (1, 32))
 
@@ -317,8 +326,9 @@ def quantize_int4(weight: Tensor, group_size: int = 128) -> QuantizedWeight:
         groups = _padded(expert, 1, group_size).unflatten(1, (-1, group_size))
         peaks = groups.abs().amax(2, keepdim=True)
         tried = [_scale_of(peaks, divisor, dtype) for divisor in INT4_DIVISORS]
-        best, codes = _least_error(groups, tried, _int4)
+        best = _least_error(groups, tried, _nearest_int4)
         scales = torch.stack(tried).gather(0, best[None])[0]
+        codes = _nearest_int4(groups / scales).add_(8).to(torch.uint8)
         return _packed(codes.flatten(1)[:, : expert.shape[1]]), scales[..., 0].to(dtype)
 
     return _by_expert(weight, quantize, "int4", block)
@@ -342,11 +352,18 @@ def _by_expert(
         raise TypeError(f"weight must be a dense floating-point tensor, got {got}")
     if weight.dim() != 3 or weight.numel() == 0:
         raise ValueError(f"weight must be (E, N, K), none of them 0, got shape {tuple(weight.shape)}")
-    if not weight.isfinite().all():
-        raise ValueError("weight must be finite, got infinity or NaN")
+    piece = PIECE if weight.device.type == "cpu" else weight[0].numel()
+    rows = max(1, piece // weight.shape[2] // block[0]) * block[0]
     with torch.no_grad():
-        values, scales = zip(*(quantize(expert.float().contiguous()) for expert in weight), strict=True)
-        return QuantizedWeight(torch.stack(values), torch.stack(scales), format, block, weight.shape[2])
+        for number, expert in enumerate(weight):
+            if not expert.isfinite().all():
+                raise ValueError(f"weight must be finite, got infinity or NaN in expert {number}")
+            pieces = [quantize(piece.float().contiguous()) for piece in expert.split(rows)]
+            parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
+            if number == 0:
+                values, scales = (part.new_empty(len(weight), *part.shape) for part in parts)
+            values[number], scales[number] = parts
+        return QuantizedWeight(values, scales, format, block, weight.shape[2])
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -361,32 +378,25 @@ def _scale_of(peaks: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
     return torch.where(peaks == 0, 1.0, scales)
 
 
-def _int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest codes, and what they stand for."""
-    rounded = x.round().clamp_(-8, 7)
-    return (rounded + 8).to(torch.uint8), rounded
+def _nearest_int4(x: Tensor) -> Tensor:
+    """The nearest number of the format, into ``x``."""
+    return x.round_().clamp_(-8, 7)
 
 
-def _e2m1(x: Tensor) -> tuple[Tensor, Tensor]:
-    magnitudes = torch.tensor(E2M1, device=x.device)
-    code = torch.bucketize(x.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
-    return (code + 8 * (x < 0)).to(torch.uint8), magnitudes[code].copysign(x)
+def _nearest_e2m1(x: Tensor) -> Tensor:
+    """The nearest number of the format, into ``x``; of two the one with an even mantissa."""
+    # Between two powers of two the numbers are a step apart: half, one and two from 0, 2 and 4 on.
+    power_of_two = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = power_of_two.clamp_(1, 4).mul_(0.5)
+    return x.div_(step).round_().mul_(step).clamp_(-6, 6)
 
 
-def _least_error(
-    groups: Tensor, scales: list[Tensor], encode: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Which of these scales is the best for every group, (N, groups, 1), and the codes with it."""
-    least = torch.full_like(scales[0], torch.inf)
-    best = torch.zeros_like(least, dtype=torch.int64)
-    codes = torch.zeros_like(groups, dtype=torch.uint8)
-    for number, scale in enumerate(scales):
-        code, value = encode(groups / scale)
-        error = (value * scale - groups).square().sum(2, keepdim=True)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, number, best)
-        codes = torch.where(better, code, codes)
-    return best, codes
+def _least_error(groups: Tensor, scales: list[Tensor], nearest: Callable[[Tensor], Tensor]) -> Tensor:
+    """Which of these scales is the best for every group, (N, groups, 1)."""
+    errors = [
+        nearest(groups / scale).mul_(scale).sub_(groups).square_().sum(2, keepdim=True) for scale in scales
+    ]
+    return torch.stack(errors).argmin(0)
 
 
 def _packed(codes: Tensor) -> Tensor:
