@@ -357,6 +357,20 @@ def test_generates_what_the_dequantised_model_does(tmp_path):
     assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_straight_to_a_gpu(stored):
+    folder, _, _ = stored
+    model, beside = load(folder, device="cuda"), load(folder)
+    wanted = projections_of(beside)
+    for name, weight in projections_of(model).items():
+        assert weight.device.type == "cuda"
+        assert torch.equal(weight.values.cpu().view(torch.uint8), wanted[name].values.view(torch.uint8))
+        assert torch.equal(weight.scales.cpu(), wanted[name].scales)
+    with torch.no_grad():
+        got = model(IDS.cuda()).logits.cpu()
+    assert_same_logits(got, logits(beside), 1e-3)
+
+
 # -- what is refused -------------------------------------------------------------------------------------
 
 LAYER = "model.layers.1.mlp.experts."
