@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import AnyActivation, as_activation
-from qllm_ops.quantized import QuantizedWeight
+from qllm_ops.quantized import ROW_GROUP, W8A8, QuantizedWeight
 from qllm_ops.tiles import EXIT_US, check_max_exit_us
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +41,7 @@ class MoeInputs:
     batch_invariant: bool = False
     max_exit_us: float = EXIT_US
     weights_on_input: bool = False
+    fp8_activations: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +73,11 @@ class MoeInputs:
         """How both weights are quantised; None for dense ones."""
         return self.down_proj.format if isinstance(self.down_proj, QuantizedWeight) else None
 
+    @property
+    def product_format(self) -> str | None:
+        """What the products are of: weight_format, or W8A8 where both of their factors are float8."""
+        return W8A8 if self.fp8_activations else self.weight_format
+
 
 def check_inputs(
     hidden_states: Tensor,
@@ -90,6 +96,7 @@ def check_inputs(
     batch_invariant: bool = False,
     max_exit_us: float = EXIT_US,
     weights_on_input: bool = False,
+    fp8_activations: bool = False,
 ) -> MoeInputs:
     """Refuse what `moe` cannot compute, and return the rest in the form that the backends read.
 
@@ -103,10 +110,12 @@ def check_inputs(
         TypeError: an argument is no dense tensor, or has a dtype that is not supported; one weight is
             quantised and the other is not, or otherwise.
         ValueError: shapes, dtypes or devices do not fit each other, weights are not contiguous,
-            quantised weights are said to be transposed, or the activation is unknown.
+            quantised weights are said to be transposed, fp8_activations go with other weights than float8,
+            or the activation is unknown.
     """
     switches = {"gated": gated, "interleaved": interleaved, "transposed": transposed}
     switches |= {"batch_invariant": batch_invariant, "weights_on_input": weights_on_input}
+    switches["fp8_activations"] = fp8_activations
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -133,7 +142,9 @@ def check_inputs(
             _check_tensor(name, tensor, layouts[name])
     _check_dtypes(**tensors)
     if quantized:
-        _check_quantized(hidden_states, gate_up_proj, down_proj, transposed)
+        _check_quantized(hidden_states, gate_up_proj, down_proj, transposed, fp8_activations)
+    if fp8_activations:
+        _check_fp8_activations(hidden_states, gate_up_proj, down_proj)
     inputs = MoeInputs(
         hidden_states.detach().contiguous(),
         gate_up_proj if quantized else gate_up_proj.detach(),
@@ -150,6 +161,7 @@ def check_inputs(
         batch_invariant,
         max_exit_us,
         weights_on_input,
+        fp8_activations,
     )
     _check_shapes(inputs, layouts)
     for name, tensor in tensors.items():
@@ -213,7 +225,7 @@ def _check_dtypes(
 
 
 def _check_quantized(
-    hidden_states: Tensor, gate_up_proj: Weight, down_proj: Weight, transposed: bool
+    hidden_states: Tensor, gate_up_proj: Weight, down_proj: Weight, transposed: bool, fp8_activations: bool
 ) -> None:
     formats = [getattr(weight, "format", "dense") for weight in (gate_up_proj, down_proj)]
     if formats[0] != formats[1]:
@@ -226,12 +238,33 @@ def _check_quantized(
             "transposed must be False for quantised weights, which are (E, 2I, H) and (E, H, I): quantise "
             "weight.mT; got True"
         )
+    if fp8_activations:
+        return  # The weights become no float16.
     for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
         if hidden_states.dtype == torch.float16 and weight.largest > torch.finfo(torch.float16).max:
             raise ValueError(
                 f"{name} has scales for numbers up to {weight.largest:g}, which float16 does not have, "
                 "as which it would be multiplied; got float16 hidden_states, wanted bfloat16 or float32"
             )
+
+
+def _check_fp8_activations(hidden_states: Tensor, gate_up_proj: Weight, down_proj: Weight) -> None:
+    for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        format = getattr(weight, "format", "dense")
+        if format != "fp8":
+            raise TypeError(
+                f"{name} must be quantised to fp8 (quantize_fp8) for fp8_activations=True, got {format}"
+            )
+        if weight.block[1] % ROW_GROUP:
+            raise ValueError(
+                f"{name} must have blocks of a multiple of {ROW_GROUP} columns for fp8_activations=True, "
+                f"as many as share a scale in a row of activations, got blocks of {weight.block}"
+            )
+    if hidden_states.dtype == torch.float32:
+        raise TypeError(
+            "hidden_states must be bfloat16 or float16 for fp8_activations=True, got torch.float32: the last "
+            "bit of a first product can turn a float8 made of it, by more than the error promised for float32"
+        )
 
 
 def _check_shapes(x: MoeInputs, layouts: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight, check_inputs
 from qllm_ops.library import traced, uncompiled
-from qllm_ops.quantized import QuantizedWeight
+from qllm_ops.quantized import QuantizedWeight, rounded_rows
 from qllm_ops.tiles import EXIT_US, unsupported
 from qllm_ops.torch_moe import TorchMoe, widened
 
@@ -39,6 +39,7 @@ def moe(
     expert_norm: Callable[[Tensor], Tensor] | None = None,
     weights_on_input: bool = False,
     batch_invariant: bool = False,
+    fp8_activations: bool = False,
     max_exit_us: float = EXIT_US,
     flag: PriorityFlag | None = None,
     priority: int = 0,
@@ -79,6 +80,14 @@ def moe(
             only, and on no other token of the batch. The tiles are then the same for every T, which
             costs speed where others would be better. Triton backend only; functions of yours must keep
             the promise, too.
+        fp8_activations: True: both products multiply float8 by float8. The weights have the format "fp8", in
+            blocks of a multiple of 128 columns, and hidden_states 16 bits. The left factors (the hidden
+            states; then what the activation gave, rounded to their dtype) are quantised on the fly, a scale
+            for 128 columns of a row, as :func:`qllm_ops.quantized.quantize_rows` defines. The products of
+            128 columns are summed in float32 (inside of a matrix unit of an H100: about 14 bits), times both
+            scales, and added in float32 to those before them. So DeepSeek-V3 was trained (arXiv 2412.19437,
+            section 3.3), and so transformers' finegrained_fp8 computes. The Triton backend needs compute
+            capability 8.9 or newer; the torch backend multiplies the rounded numbers in float32.
         max_exit_us: how long a tile, and so leaving, may take at the device's peak rates, in
             microseconds; float("inf") for the fastest tiles. How sums are cut depends on it, and with
             that their last bits. Triton backend; a tile of the torch backend takes milliseconds.
@@ -98,7 +107,8 @@ def moe(
     expert_norm) and quantised weights cannot be arguments of an operator: such a call breaks the graph.
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    if torch.compiler.is_compiling() and _traceable(gate_up_proj, down_proj, activation, expert_norm):
+    traceable = _traceable(gate_up_proj, down_proj, activation, expert_norm) and not fp8_activations
+    if torch.compiler.is_compiling() and traceable:
         biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed, weights_on_input)
         return traced(
             tensors, biases, activation, layout, (batch_invariant, max_exit_us), flag, priority, backend
@@ -118,6 +128,7 @@ def moe(
         expert_norm=expert_norm,
         weights_on_input=weights_on_input,
         batch_invariant=batch_invariant,
+        fp8_activations=fp8_activations,
         max_exit_us=max_exit_us,
     )
 
@@ -290,7 +301,8 @@ def moe_reference(
             if x.transposed:
                 first, second = first.T, second.T
             weight = x.top_k_weights[t, k].float()
-            gate_up = first @ x.hidden_states[t].float()
+            hidden = rounded_rows(x.hidden_states[t : t + 1])[0] if x.fp8_activations else x.hidden_states[t]
+            gate_up = first @ hidden.float()
             if x.weights_on_input:
                 gate_up, weight = gate_up * weight, 1.0
             if x.gate_up_bias is not None:
@@ -303,6 +315,8 @@ def moe_reference(
                 gated = x.activation(gate_up[::2], gate_up[1::2])
             else:
                 gated = x.activation(*gate_up.chunk(2))
+            if x.fp8_activations:
+                gated = rounded_rows(gated.to(hidden_states.dtype)[None])[0]
             down = second @ gated
             if x.down_bias is not None:
                 down += x.down_bias[e].float()

@@ -39,6 +39,13 @@ PIECE = 2**15
 """How many numbers are quantised at a time on a CPU: what is made of them stays in its cache, and for so few
 torch wakes no other threads, which costs more than it brings where somebody else needs the cores."""
 
+W8A8 = "fp8_w8a8"
+"""What a product of float8 weights by float8 activations is called: not a format of weights."""
+
+ROW_GROUP = 128
+"""Columns of activations that share a scale: those that DeepSeek-V3 was trained with, and few enough for what
+the matrix units of an H100 add up in less than float32."""
+
 INT4_DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.75, 9.5)
 """Steps that the largest number of a group may be taken as; the one with the least squared error is. The
 range ends at 7 and -8: beyond that the largest numbers are cut off, and all the others get finer steps."""
@@ -339,6 +346,34 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
     "mxfp4": quantize_mxfp4,
     "int4": quantize_int4,
 }
+
+
+# -- quantising activations --------------------------------------------------------------------------------
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as `moe` multiplies by them with ``fp8_activations``. The definition, bit by bit.
+
+    In float32, with IEEE rounding: a group's scale is its largest magnitude / 448, at least 2 ** -126, which
+    it is where all is zero; a value is x * (1 / scale) rounded to the nearest float8_e4m3fn, ties to even.
+    The sums of a row with infinity or NaN are NaN.
+
+    Args:
+        x: (rows, K), any floating-point dtype.
+
+    Returns:
+        (rows, K) float8_e4m3fn, and (rows, ceil(K / 128)) float32, a scale for each group of columns.
+    """
+    groups = _padded(x.float(), 1, ROW_GROUP).unflatten(1, (-1, ROW_GROUP))
+    scales = (groups.abs().amax(2) / 448.0).clamp_(min=torch.finfo(torch.float32).tiny)
+    values = (groups * scales.reciprocal()[..., None]).flatten(1)[:, : x.shape[1]]
+    return values.to(torch.float8_e4m3fn), scales
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """What :func:`quantize_rows` makes of (rows, K), as the numbers that it stands for, in float32."""
+    values, scales = quantize_rows(x)
+    return values.float().mul_(scales.repeat_interleave(ROW_GROUP, 1)[:, : x.shape[1]])
 
 
 def _by_expert(

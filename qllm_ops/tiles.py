@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from qllm_ops.quantized import ROW_GROUP, W8A8
+
 PHASES = ("gate_up", "down", "combine")
 
 EXIT_US = 30.0
@@ -89,7 +91,7 @@ PARTIAL_BYTES = 64 * 2**20
 MAX_PHASES = 32
 """Most launches of a layer: the first product, and two for each chunk of columns. A power of two."""
 
-WEIGHT_BITS = {"fp8": 8, "mxfp4": 4.25, "int4": 4.5}
+WEIGHT_BITS = {"fp8": 8, W8A8: 8, "mxfp4": 4.25, "int4": 4.5}
 """Of a number of quantised weights with its share of a scale; of int4 in groups of 32, as in checkpoints."""
 
 MAX_PARTS = 4
@@ -156,6 +158,25 @@ TILES_16_BIT = {
     },
 }  # fmt: skip
 
+# Float8 by float8: never more than 64 rows. The sums of one group of columns stand beside all sums, and with
+# more of them in the registers of eight warps Triton 3.6 spills. What quantising a row costs is shared by the
+# rows of weights in a tile: 128 on sm_90; mma.sync, which keeps its factors in registers, has room for 64. Two
+# stages there leave room for two programs, and one of them multiplies while the other waits.
+_DECODE_W8A8 = {
+    "gate_up": {16: TileConfig(16, 32, 128, 4, 6, 2), 32: TileConfig(32, 32, 128, 4, 6, 2)},
+    "down": {16: TileConfig(16, 64, 128, 4, 6, 2), 32: TileConfig(32, 64, 128, 4, 6, 2)},
+}
+TILES_W8A8 = {
+    "sm_90": {
+        "gate_up": {**_DECODE_W8A8["gate_up"], 64: TileConfig(64, 64, 128, 8, 4)},
+        "down": {**_DECODE_W8A8["down"], 64: TileConfig(64, 128, 128, 8, 4)},
+    },
+    "sm_86": {
+        "gate_up": {**_DECODE_W8A8["gate_up"], 64: TileConfig(64, 32, 128, 4, 2, 2)},
+        "down": {**_DECODE_W8A8["down"], 64: TileConfig(64, 64, 128, 4, 2, 2)},
+    },
+}
+
 # IEEE float32 has no matrix unit: 64 x 64 sums in 8 warps are 16 a thread, enough to reuse what is loaded.
 TILES_32_BIT = {
     "gate_up": {
@@ -193,11 +214,13 @@ def tile_config(
             and sums not into more than MAX_PARTS; what is still too long is left halfway (``exit_k``). A
             very small number may not be reached. How a sum is cut into parts shows in its last bits.
         device_name: whose tuned table is looked at before the heuristics; None for the heuristics alone.
-        weights: the format of quantised weights, for which nothing is tuned yet; None for dense ones.
+        weights: the format of quantised weights, or W8A8, for neither of which anything is tuned yet; None
+            for dense ones.
     """
     check_max_exit_us(max_exit_us)
     if arch == "interpreter":
-        return INTERPRETER[phase]
+        config = INTERPRETER[phase]
+        return replace(config, block_k=ROW_GROUP) if weights == W8A8 and phase != "combine" else config
     most_rows, block_m, read_once = row_class(num_tokens, top_k, num_experts)
     table = tuned_table(device_name if weights is None else None, arch)
     tuned = table.get(TileKey(phase, most_rows, n, k, _dtype_name(dtype))) if table else None
@@ -229,6 +252,9 @@ def _combine(n: int, dtype: torch.dtype) -> TileConfig:
 
 
 def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str, weights: str | None) -> TileConfig:
+    if weights == W8A8:  # What is neither of the two is refused by `fit_device`.
+        config = TILES_W8A8["sm_90" if arch == "sm_90" else "sm_86"][phase][min(block_m, 64)]
+        return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch, weights))
     table = TILES_32_BIT if dtype.itemsize == 4 else TILES_16_BIT[{"sm_86": "sm_80"}.get(arch, arch)]
     config = table[phase][block_m]
     if weights is not None:
@@ -261,7 +287,7 @@ def within_exit(
         and config.block_n * sides // 2 >= MIN_WEIGHT_ROWS[config.block_m]
     ):
         config = replace(config, block_n=config.block_n // 2)
-        if config.block_m == 16 and arch != "gfx942":  # Keep the bytes on their way.
+        if config.block_m == 16 and arch != "gfx942" and weights != W8A8:  # Keep the bytes on their way.
             longer = {"block_k": config.block_k * 2} if weights is None else {"num_stages": 8}
             config = replace(config, **longer)
     if phase == "down":
@@ -270,8 +296,10 @@ def within_exit(
         parts = config.split_k * math.ceil(us / max_exit_us)
         parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
         config = replace(config, split_k=max(config.split_k, parts))
-    # Around such an exit, sums of 32 bits spill registers, and so do weights that mma.sync has to widen.
-    has_registers = dtype.itemsize == 2 and (weights is None or arch not in ("sm_80", "sm_86"))
+    # Around such an exit, sums of 32 bits spill registers, and so do weights that mma.sync has to widen, and
+    # float8 by float8 with Triton 3.6.
+    widens = weights is not None and arch in ("sm_80", "sm_86")
+    has_registers = dtype.itemsize == 2 and not widens and weights != W8A8
     if not config.exit_k and has_registers:
         us = tile_us(phase, config, k, dtype, arch, read_once, weights)
         config = replace(config, exit_k=_exit_k(config, k, us, max_exit_us))
@@ -294,6 +322,7 @@ def tile_us(
     """Microseconds that a tile takes at the device's peak rates, with all its multiprocessor's programs busy.
 
     ``read_once``: every tile waits for its own weights to come from memory; else they are in the cache.
+    Float8 by float8 is counted as 16 bits are: quantising costs about what its products save.
     """
     sm = MULTIPROCESSORS[arch]
     numbers = config.block_n * (2 if phase == "gate_up" else 1) * k / config.split_k
@@ -320,11 +349,15 @@ def weight_bytes(dtype: torch.dtype, weights: str | None) -> float:
 def shared_bytes(phase: str, config: TileConfig, dtype: torch.dtype, weights: str | None = None) -> int:
     """Shared memory that the stages of one program take, in bytes, at most."""
     rows = config.block_n * (2 if phase == "gate_up" else 1)
-    stage = (config.block_m * dtype.itemsize + rows * weight_bytes(dtype, weights)) * config.block_k
+    activations = config.block_m * config.block_k
+    stage = activations * dtype.itemsize + rows * config.block_k * weight_bytes(dtype, weights)
     if weights is None:
         return int(stage * config.num_stages)
-    # A row's scales come in words of 4 bytes, and what is widened goes through shared memory once more.
-    return int((stage + 4 * rows) * config.num_stages + rows * config.block_k * dtype.itemsize)
+    stage += 4 * rows  # A row's scales come in words of 4 bytes.
+    if weights == W8A8:  # Activations are read a stage ahead of the products, and written again in float8.
+        return int(stage * config.num_stages - activations * dtype.itemsize + activations)
+    # What is widened goes through shared memory once more.
+    return int(stage * config.num_stages + rows * config.block_k * dtype.itemsize)
 
 
 def _programs_that_fit(
@@ -341,6 +374,9 @@ LEAST_CAPABILITY = (8, 0)
 """Products of bfloat16 and copies from memory to shared memory that nobody waits for begin here, and so
 does what Triton supports."""
 
+FLOAT8_CAPABILITY = (8, 9)
+"""Products of float8 begin here."""
+
 
 def fit_device(
     configs: dict[str, TileConfig], dtype: torch.dtype, device: torch.device, weights: str | None = None
@@ -352,7 +388,7 @@ def fit_device(
     """
     if device.type == "cpu":
         return configs
-    refusal = unsupported(device)
+    refusal = unsupported(device) or (weights == W8A8 and without_float8(device))
     if refusal:
         raise ValueError(refusal)
     available = _shared_bytes_of(device)
@@ -384,6 +420,26 @@ def unsupported(device: torch.device) -> str | None:
     )
 
 
+def without_float8(device: torch.device) -> str | None:
+    """Why ``device`` has no products of float8 by float8; None if it has."""
+    instead = (
+        'fp8_activations=False runs there with weights in float8, and backend="torch" computes the same as '
+        "fp8_activations=True"
+    )
+    if torch.version.hip is not None:
+        return (
+            "fp8_activations=True needs products of float8_e4m3fn, for which no AMD device is taken "
+            f"(gfx942 multiplies float8_e4m3fnuz), {_describe(device)} is one; {instead}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= FLOAT8_CAPABILITY:
+        return None
+    return (
+        f"fp8_activations=True needs compute capability {_dotted(FLOAT8_CAPABILITY)} or newer (products of "
+        f"float8_e4m3fn), {_describe(device)} has {_dotted(capability)}; {instead}"
+    )
+
+
 def fit_shared(
     phase: str, config: TileConfig, dtype: torch.dtype, available: int, weights: str | None = None
 ) -> TileConfig:
@@ -392,7 +448,7 @@ def fit_shared(
         # Fewer loads under way hurt less than shorter ones, and those less than narrower tiles.
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
-        elif config.block_k > 16:
+        elif config.block_k > 16 and weights != W8A8:
             config = replace(config, block_k=config.block_k // 2)  # still a divisor of exit_k
         elif config.block_n > 16:
             config = replace(config, block_n=config.block_n // 2)

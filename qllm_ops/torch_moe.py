@@ -27,7 +27,7 @@ from torch import Tensor
 from qllm_ops.activation import Activation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
-from qllm_ops.quantized import QuantizedWeight
+from qllm_ops.quantized import QuantizedWeight, rounded_rows
 
 TILE_FLOPS = 1.2e9
 """Most work in one tile: 6 to 12 ms at 100 to 200 GFLOP/s. Leaving takes as long as one tile."""
@@ -168,7 +168,8 @@ class TorchMoe:
     def _up(self, group: list[Block]) -> None:
         """One group from hidden states to activation(gate) * up, in `_gated`."""
         start, stop = group[0][1], group[-1][2]
-        x = self.inputs.hidden_states.index_select(0, self._token[start:stop]).float()
+        x = self.inputs.hidden_states.index_select(0, self._token[start:stop])
+        x = rounded_rows(x) if self.inputs.fp8_activations else x.float()
         if self.inputs.weights_on_input:
             x.mul_(self._scale[start:stop])  # a copy of the rows, so no argument changes
         out = self._gate_up[: stop - start]
@@ -179,6 +180,8 @@ class TorchMoe:
         """One group from there to its rows of `_pair_out`."""
         start, stop = group[0][1], group[-1][2]
         gated, out = self._gated[: stop - start], self._pair_out[start:stop]
+        if self.inputs.fp8_activations:
+            gated = rounded_rows(gated.to(self._output.dtype))
         down = self._multiply(gated, self.inputs.down_proj, self.inputs.down_bias, group, out)
         if self.inputs.expert_norm is not None:
             down = out.copy_(checked("expert_norm", self.inputs.expert_norm(down), down.shape))

@@ -83,7 +83,7 @@ class TritonMoe:
             inputs.hidden_states.dtype,
             self.device,
             inputs.max_exit_us,
-            inputs.weight_format,
+            inputs.product_format,
         )
         if inputs.expert_norm is not None:  # It is a norm of the whole sum.
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
@@ -401,7 +401,7 @@ class TritonMoe:
             lies = {
                 "weight_ptr": weight.values.view(torch.uint8),
                 "weight_scale_ptr": weight.scales,
-                "FORMAT": weight.format,
+                "FORMAT": self.inputs.product_format,
                 "GROUP_N": weight.block[0],
                 "GROUP_K": weight.block[1],
                 "scale_columns": weight.scales.stride(1),

@@ -28,6 +28,7 @@ from qllm_ops.tiles import TileConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
@@ -58,6 +59,7 @@ LAYOUTS = {
 FORMATS = {
     None: ({"FORMAT": None, "GROUP_N": None, "GROUP_K": None, "scale_columns": None}, "T"),
     "fp8": ({"FORMAT": "fp8", "GROUP_N": 128, "GROUP_K": 128}, "fp32"),
+    "fp8_w8a8": ({"FORMAT": "fp8_w8a8", "GROUP_N": 128, "GROUP_K": 128}, "fp32"),
     "mxfp4": ({"FORMAT": "mxfp4", "GROUP_N": 1, "GROUP_K": 32}, "u8"),
     "int4": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 32}, "T"),
 }

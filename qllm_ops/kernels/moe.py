@@ -39,7 +39,7 @@ always in one place, the counter, a slot or a program, and moves by single atomi
 import triton
 import triton.language as tl
 
-from qllm_ops.kernels.quantized import dequantize, quantized_rows
+from qllm_ops.kernels.quantized import INTERPRETED, dequantize, float8_products, quantized_rows
 from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
 
 MAX_PHASES = tl.constexpr(_MAX_PHASES)
@@ -47,9 +47,6 @@ MAX_PHASES = tl.constexpr(_MAX_PHASES)
 # Row blocks of one expert that run side by side share a block of weights through the L2 cache; beyond
 # this many, the activations of the group would in turn be read from memory once per block of weights.
 GROUP_M = tl.constexpr(16)
-
-# The interpreter multiplies bfloat16 numbers as if they were integers, and cuts where it should round.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 BUDGET = tl.constexpr(0)
 GIVEN_BACK = tl.constexpr(1)
@@ -252,20 +249,23 @@ def add_products(
             a = tl.load(a_ptrs + k)
         else:
             a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
-        if FORMAT is not None:
-            b = dequantize(b_ptrs, scale_ptrs, k, stop, FORMAT, GROUP_K, EVEN, BLOCK_K)
-            b = tl.trans(narrow(b, a.dtype))
-        elif EVEN and MASKED:
-            b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)
-        elif MASKED:
-            b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None] & b_inside[None, :], other=0.0)
-        elif EVEN:
-            b = tl.load(b_ptrs + k * b_stride)
+        if FORMAT == "fp8_w8a8":
+            sums += float8_products(a, b_ptrs, scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
         else:
-            b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None], other=0.0)
-        if INTERPRETED:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        sums = tl.dot(a, b, sums, input_precision="ieee")
+            if FORMAT is not None:
+                b = dequantize(b_ptrs, scale_ptrs, k, stop, FORMAT, GROUP_K, EVEN, BLOCK_K)
+                b = tl.trans(narrow(b, a.dtype))
+            elif EVEN and MASKED:
+                b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)
+            elif MASKED:
+                b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None] & b_inside[None, :], other=0.0)
+            elif EVEN:
+                b = tl.load(b_ptrs + k * b_stride)
+            else:
+                b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None], other=0.0)
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
 
 

@@ -1,10 +1,15 @@
-"""Quantised weights inside of a product: where they lie, and how a tile of them is widened in registers.
+"""Quantised factors of a product: where weights lie, how a tile of them is widened in registers, and how one
+of activations becomes float8 there.
 
-`qllm_ops.quantized` says what the formats are.
+`qllm_ops.quantized` says what the formats are. One more FORMAT is known here: "fp8_w8a8", float8 weights that
+are multiplied as they lie, by activations in float8.
 """
 
 import triton
 import triton.language as tl
+
+# Triton's interpreter has no arithmetic of float8, and multiplies bfloat16 numbers as if they were integers.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -21,7 +26,7 @@ def quantized_rows(
     BLOCK_K: tl.constexpr,
 ):
     """Where the first BLOCK_K numbers of an expert's rows are, and the first scale of each row."""
-    bytes = tl.arange(0, BLOCK_K if FORMAT == "fp8" else BLOCK_K // 2)
+    bytes = tl.arange(0, BLOCK_K // 2 if FORMAT == "mxfp4" or FORMAT == "int4" else BLOCK_K)
     first = expert.to(tl.int64) * weight_rows
     scale_rows = expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N
     return (
@@ -99,3 +104,66 @@ def widen(codes, FORMAT: tl.constexpr):
     else:
         wide = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
     return wide
+
+
+# -- float8 by float8 ----------------------------------------------------------------------------
+
+
+@triton.jit
+def float8_products(
+    a,
+    value_ptrs,
+    scale_ptrs,
+    k,
+    stop,
+    GROUP_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a, (rows, 128), times columns k to k + 128 of some rows of weights, both in float8, summed in float32.
+
+    A sum of its own for every group: what an H100 adds up inside of a product has about 14 bits, so no more
+    than 128 products are left to it.
+    """
+    tl.static_assert(BLOCK_K == 128, "activations share a scale by 128 columns")
+    b_scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    if not INTERPRETED:  # Pointers to float8, for the copies to end where the products read them.
+        value_ptrs = value_ptrs.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    if EVEN:
+        b = tl.load(value_ptrs + k)
+    else:
+        inside = k + tl.arange(0, BLOCK_K) < stop
+        b = tl.load(value_ptrs + k, mask=inside[None, :], other=0.0)
+    if INTERPRETED:
+        b = widen(b, "fp8").to(tl.float32)
+    a, a_scales = quantize_rows(a)
+    # One scale after the other: their product would take as many registers again, before there is a sum.
+    return tl.dot(a, tl.trans(b)) * a_scales[:, None] * tl.trans(b_scales)
+
+
+@triton.jit
+def quantize_rows(a):
+    """What `qllm_ops.quantized.quantize_rows` makes of rows of at most 128 columns: values and scales.
+
+    One reciprocal for each row, for a quotient for each number would take longer than the products do.
+    """
+    a = a.to(tl.float32)
+    scales = tl.maximum(tl.div_rn(tl.max(tl.abs(a), axis=1), 448.0), 1.1754943508222875e-38)
+    values = a * tl.div_rn(1.0, scales)[:, None]
+    if INTERPRETED:
+        values = round_to_float8(values)
+    else:
+        values = values.to(tl.float8e4nv)
+    return values, scales
+
+
+@triton.jit
+def round_to_float8(x):
+    """The number of float8_e4m3fn nearest to each float32 of at most 464, ties to even, as float32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign, size = bits & 0x80000000, bits & 0x7FFFFFFF
+    size = (size + 0x7FFFF + ((size >> 20) & 1)) & 0xFFF00000  # three bits of mantissa
+    # Below 2 ** -6 the step is 2 ** -9, which is that of float32 numbers around 2 ** 14.
+    near_zero = ((tl.abs(x) + 16384.0) - 16384.0).to(tl.uint32, bitcast=True)
+    size = tl.where(tl.abs(x) < 0.015625, near_zero, size)
+    return tl.where(x == x, (sign | size).to(tl.float32, bitcast=True), x)
