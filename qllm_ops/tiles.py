@@ -160,8 +160,8 @@ TILES_16_BIT = {
 
 # Float8 by float8: never more than 64 rows. The sums of one group of columns stand beside all sums, and with
 # more of them in the registers of eight warps Triton 3.6 spills. What quantising a row costs is shared by the
-# rows of weights in a tile: 128 on sm_90; mma.sync, which keeps its factors in registers, has room for 64. Two
-# stages there leave room for two programs, and one of them multiplies while the other waits.
+# rows of weights in a tile: 128 on sm_90; mma.sync, which keeps its factors in registers, has room for 64.
+# Two stages leave room for two programs there, and one multiplies while the other waits.
 _DECODE_W8A8 = {
     "gate_up": {16: TileConfig(16, 32, 128, 4, 6, 2), 32: TileConfig(32, 32, 128, 4, 6, 2)},
     "down": {16: TileConfig(16, 64, 128, 4, 6, 2), 32: TileConfig(32, 64, 128, 4, 6, 2)},

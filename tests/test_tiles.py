@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qllm_ops import tiles
+from qllm_ops.quantized import ROW_GROUP, W8A8
 from qllm_ops.tiles import (
     EXIT_US,
     INTERPRETER,
@@ -503,6 +504,47 @@ def test_a_device_with_too_little_shared_memory_is_told_what_to_do(device):
     with pytest.raises(ValueError, match="bytes of shared memory") as error:
         fit_device(layer_configs(**MIXTRAL), torch.bfloat16, CUDA)
     assert "take half" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "hip", "words"),
+    [
+        ("NVIDIA A100", (8, 0), None, ["needs compute capability 8.9", "cuda:0 (NVIDIA A100) has 8.0"]),
+        ("NVIDIA RTX 3090", (8, 6), None, ["needs compute capability 8.9", "has 8.6"]),
+        ("AMD Instinct MI300X", (9, 4), "6.4", ["no AMD device", "e4m3fnuz", "cuda:0 (AMD Instinct MI300X)"]),
+    ],
+)
+def test_a_device_without_float8_products_is_told_what_to_do(device, name, capability, hip, words):
+    device(name, capability, hip, shared_memory_per_block_optin=101376, shared_memory_per_block=65536)
+    configs = layer_configs(**{**MIXTRAL, "arch": arch_of(CUDA)}, weights=W8A8)
+    fit_device(
+        layer_configs(**{**MIXTRAL, "arch": arch_of(CUDA)}, weights="fp8"), torch.bfloat16, CUDA, "fp8"
+    )
+    with pytest.raises(ValueError, match="fp8_activations=True needs") as error:
+        fit_device(configs, torch.bfloat16, CUDA, W8A8)
+    for part in (*words, "fp8_activations=False runs there", 'backend="torch"'):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "shared"), [("NVIDIA H200", (9, 0), 232448), ("NVIDIA RTX 4090", (8, 9), 101376)]
+)
+def test_devices_with_float8_products_run_the_heuristics_as_they_are(device, name, capability, shared):
+    device(name, capability, shared_memory_per_block_optin=shared)
+    for layer in model_layers():
+        for max_exit_us in (EXIT_US, float("inf"), 1e-3):
+            arguments = {**layer, "dtype": torch.bfloat16, "max_exit_us": max_exit_us}
+            configs = layer_configs(**arguments, arch=arch_of(CUDA), weights=W8A8)
+            assert fit_device(configs, torch.bfloat16, CUDA, W8A8) == configs
+            assert {configs[phase].block_k for phase in ("gate_up", "down")} == {ROW_GROUP}
+
+
+@given(st.sampled_from(("sm_90", "sm_86", "interpreter")), st.integers(12 * 1024, 300 * 1024))
+def test_a_turn_is_a_group_of_activations_whatever_the_memory(arch, available):
+    for phase, config in layer_configs(**{**MIXTRAL, "arch": arch}, weights=W8A8).items():
+        if phase != "combine":
+            found = fit_shared(phase, config, torch.bfloat16, available, W8A8)
+            assert (found.block_k, found.exit_k) == (ROW_GROUP, 0)
 
 
 def test_a_cpu_is_never_refused():

@@ -7,6 +7,7 @@ are multiplied as they lie, by activations in float8.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # Triton's interpreter has no arithmetic of float8, and multiplies bfloat16 numbers as if they were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -152,9 +153,18 @@ def quantize_rows(a):
     values = a * tl.div_rn(1.0, scales)[:, None]
     if INTERPRETED:
         values = round_to_float8(values)
-    else:
+    elif cuda_capability_geq(9, 0):
         values = values.to(tl.float8e4nv)
+    else:  # There Triton 3.6 cuts to float16 on the way.
+        values = keep_in_float16(values).to(tl.float8e4nv)
     return values, scales
+
+
+@triton.jit
+def keep_in_float16(x):
+    """x that rounds to the same float8 if it is cut to float16 before: a bit that would be lost sets the last."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return (bits | (((bits & 0x1FFF) + 0x1FFF) & 0x2000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
