@@ -388,7 +388,7 @@ def fit_device(
     """
     if device.type == "cpu":
         return configs
-    refusal = unsupported(device) or (weights == W8A8 and without_float8(device))
+    refusal = unsupported(device) or (without_float8(device) if weights == W8A8 else None)
     if refusal:
         raise ValueError(refusal)
     available = _shared_bytes_of(device)

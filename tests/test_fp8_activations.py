@@ -30,9 +30,10 @@ from qllm_ops.testing import (
     quantize,
     schedules,
 )
-from qllm_ops.tiles import TileConfig
+from qllm_ops.tiles import FLOAT8_CAPABILITY, TileConfig
 from qllm_ops.triton_moe import TritonMoe
 
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 HALVES = (torch.bfloat16, torch.float16)
 FLOAT8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -305,6 +306,28 @@ def test_a_block_of_weights_may_be_longer_than_a_group():
         longer = {**tensors, "down_proj": down}
         close(moe(**longer, backend="triton"), longer)
         close(moe(**longer, backend="torch"), longer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 40, 100, 300])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_on_a_gpu(tokens, dtype):
+    """With few rows for each expert, and with many; and the same float8 as on a CPU."""
+    if torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        pytest.skip("this device has no products of float8")
+    x = rows_of((64, 128), dtype).cuda()
+    values, scales = torch.empty(64, 128, device="cuda"), torch.empty(64, device="cuda")
+    _quantize[(1,)](x, values, scales, 128, BLOCK=64)
+    expected, expected_scales = quantize_rows(x.cpu())
+    assert_same_bits(scales.cpu(), expected_scales[:, 0])
+    assert_same_bits(values.cpu(), expected.float())
+    case = MoeCase(
+        tokens, 520, 390, 2, 2, dtype=dtype, layout="interleaved", biases=True, quantized="fp8",
+        activation=Activation("relu", limit=0.5, up_offset=1.0), fp8_activations=True,
+    )  # fmt: skip
+    tensors = exact(case)
+    there = {name: value.to("cuda") if hasattr(value, "to") else value for name, value in tensors.items()}
+    close(moe(**there, backend="triton").cpu(), tensors)
 
 
 def test_what_quantised_activations_cost():

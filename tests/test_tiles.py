@@ -516,12 +516,10 @@ def test_a_device_with_too_little_shared_memory_is_told_what_to_do(device):
 )
 def test_a_device_without_float8_products_is_told_what_to_do(device, name, capability, hip, words):
     device(name, capability, hip, shared_memory_per_block_optin=101376, shared_memory_per_block=65536)
-    configs = layer_configs(**{**MIXTRAL, "arch": arch_of(CUDA)}, weights=W8A8)
-    fit_device(
-        layer_configs(**{**MIXTRAL, "arch": arch_of(CUDA)}, weights="fp8"), torch.bfloat16, CUDA, "fp8"
-    )
+    layer = {**MIXTRAL, "arch": arch_of(CUDA)}
+    fit_device(layer_configs(**layer, weights="fp8"), torch.bfloat16, CUDA, "fp8")  # not refused
     with pytest.raises(ValueError, match="fp8_activations=True needs") as error:
-        fit_device(configs, torch.bfloat16, CUDA, W8A8)
+        fit_device(layer_configs(**layer, weights=W8A8), torch.bfloat16, CUDA, W8A8)
     for part in (*words, "fp8_activations=False runs there", 'backend="torch"'):
         assert part in str(error.value)
 

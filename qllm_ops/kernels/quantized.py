@@ -162,7 +162,7 @@ def quantize_rows(a):
 
 @triton.jit
 def keep_in_float16(x):
-    """x that rounds to the same float8 if it is cut to float16 before: a bit that would be lost sets the last."""
+    """x, safe to cut to float16 on its way to float8: what would be lost sets the last bit that stays."""
     bits = x.to(tl.uint32, bitcast=True)
     return (bits | (((bits & 0x1FFF) + 0x1FFF) & 0x2000)).to(tl.float32, bitcast=True)
 
