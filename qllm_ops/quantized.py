@@ -348,34 +348,6 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 }
 
 
-# -- quantising activations --------------------------------------------------------------------------------
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as `moe` multiplies by them with ``fp8_activations``. The definition, bit by bit.
-
-    In float32, with IEEE rounding: a group's scale is its largest magnitude / 448, at least 2 ** -126, which
-    it is where all is zero; a value is x * (1 / scale) rounded to the nearest float8_e4m3fn, ties to even.
-    The sums of a row with infinity or NaN are NaN.
-
-    Args:
-        x: (rows, K), any floating-point dtype.
-
-    Returns:
-        (rows, K) float8_e4m3fn, and (rows, ceil(K / 128)) float32, a scale for each group of columns.
-    """
-    groups = _padded(x.float(), 1, ROW_GROUP).unflatten(1, (-1, ROW_GROUP))
-    scales = (groups.abs().amax(2) / 448.0).clamp_(min=torch.finfo(torch.float32).tiny)
-    values = (groups * scales.reciprocal()[..., None]).flatten(1)[:, : x.shape[1]]
-    return values.to(torch.float8_e4m3fn), scales
-
-
-def rounded_rows(x: Tensor) -> Tensor:
-    """What :func:`quantize_rows` makes of (rows, K), as the numbers that it stands for, in float32."""
-    values, scales = quantize_rows(x)
-    return values.float().mul_(scales.repeat_interleave(ROW_GROUP, 1)[:, : x.shape[1]])
-
-
 def _by_expert(
     weight: Tensor,
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -438,3 +410,31 @@ def _packed(codes: Tensor) -> Tensor:
     """Two codes of a row in a byte, the first in its low half; a missing last one is 0."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+# -- quantising activations --------------------------------------------------------------------------------
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as `moe` multiplies by them with ``fp8_activations``. The definition, bit by bit.
+
+    In float32, with IEEE rounding: a group's scale is its largest magnitude / 448, at least 2 ** -126, which
+    it is where all is zero; a value is x * (1 / scale) rounded to the nearest float8_e4m3fn, ties to even.
+    The sums of a row with infinity or NaN are NaN.
+
+    Args:
+        x: (rows, K), any floating-point dtype.
+
+    Returns:
+        (rows, K) float8_e4m3fn, and (rows, ceil(K / 128)) float32, a scale for each group of columns.
+    """
+    groups = _padded(x.float(), 1, ROW_GROUP).unflatten(1, (-1, ROW_GROUP))
+    scales = (groups.abs().amax(2) / 448.0).clamp_(min=torch.finfo(torch.float32).tiny)
+    values = (groups * scales.reciprocal()[..., None]).flatten(1)[:, : x.shape[1]]
+    return values.to(torch.float8_e4m3fn), scales
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """What :func:`quantize_rows` makes of (rows, K), as the numbers that it stands for, in float32."""
+    values, scales = quantize_rows(x)
+    return values.float().mul_(scales.repeat_interleave(ROW_GROUP, 1)[:, : x.shape[1]])
