@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-# Triton's interpreter has no arithmetic of float8, and multiplies bfloat16 numbers as if they were integers.
+# Triton's interpreter multiplies bfloat16 numbers as if they were integers and cuts where it should round; it
+# has no arithmetic of float8.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
