@@ -62,6 +62,7 @@ def load(
     backend: str = "auto",
     install: bool = True,
     quantize: str | None = None,
+    fp8_activations: bool = False,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder, in eval mode. Nothing is ever downloaded.
@@ -72,14 +73,14 @@ def load(
 
     Of a quantised checkpoint (FP8 in blocks; MXFP4; symmetric 4-bit groups of compressed-tensors), the
     experts stay as they are stored, on any device, and all other weights are dequantised one by one.
-    Activations stay in 16 bits or more. Other ways to quantise are left to transformers. A model with
-    quantised experts cannot be saved.
+    Activations keep their dtype, unless ``fp8_activations``. Other ways to quantise are left to
+    transformers. A model with quantised experts cannot be saved.
 
     Args:
         path: folder with config.json and *.safetensors, the experts one by one or fused.
         dtype: of the weights; None for that of the checkpoint.
         device: where the model goes, tensor by tensor.
-        flag, priority, backend: for :func:`qllm_ops.models.install`.
+        flag, priority, backend, fp8_activations: for :func:`qllm_ops.models.install`.
         install: False leaves the experts to transformers, dequantised, for comparison; dense models load
             too then.
         quantize: the experts of a checkpoint that is not quantised become "fp8", "mxfp4" or "int4" as they
@@ -123,7 +124,7 @@ def load(
         _finish(model, path)
     model = model.to(device).eval()
     if install:
-        install_experts(model, flag, priority, backend=backend)
+        install_experts(model, flag, priority, backend=backend, fp8_activations=fp8_activations)
     return model
 
 

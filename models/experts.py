@@ -139,6 +139,7 @@ class ExpertsSettings:
 
     preemption: Preemption
     backend: str
+    fp8_activations: bool = False
 
 
 NOT_INSTALLED = ExpertsSettings(Preemption(), "auto")
@@ -200,6 +201,7 @@ def _experts_forward(
         flag = None
     tensors = (hidden_states, *layout.weights(module), top_k_index, top_k_weights)
     options = {**layout.options(module), "backend": settings.backend}
+    options["fp8_activations"] = settings.fp8_activations
     if _warming.get() is not None:
         _warm_up(tensors, options)
     if flag is None or flag.gate == "stream":

@@ -42,6 +42,7 @@ class InstalledExperts:
         fused: whether the kernels compute the activation; else a method of the module does, between them.
         dtype: of the weights, or, where they are quantised, of what is multiplied by them.
         format: of quantised weights; None: they are not quantised.
+        fp8_activations: whether activations become float8, too.
     """
 
     name: str
@@ -55,6 +56,7 @@ class InstalledExperts:
     device: torch.device
     backend: str
     format: str | None = None
+    fp8_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class InstallReport:
 
 
 def _weights_of(m: InstalledExperts) -> str:
-    dtype = str(m.dtype).removeprefix("torch.")
+    dtype = "float8" if m.fp8_activations else str(m.dtype).removeprefix("torch.")
     return f"{m.format}, {dtype} activations" if m.format else dtype
 
 
@@ -92,7 +94,12 @@ EXPERTS = Choice("_experts_implementation")
 
 
 def install(
-    model: PreTrainedModel, flag: PriorityFlag | None = None, priority: int = 0, *, backend: str = "auto"
+    model: PreTrainedModel,
+    flag: PriorityFlag | None = None,
+    priority: int = 0,
+    *,
+    backend: str = "auto",
+    fp8_activations: bool = False,
 ) -> InstallReport:
     """Let :func:`qllm_ops.moe` compute every experts module of ``model``. All of them, or none.
 
@@ -102,7 +109,7 @@ def install(
     compared with their own on a few tokens. Those that keep gate, up or each expert apart (DBRX, Switch) are
     fused, one module at a time; `state_dict`, `load_state_dict` and `save_pretrained` go on with the names
     and values of the class, through copies of the fused layers. `uninstall` undoes all of it. Installing
-    again changes the flag, priority and backend. A copy of the model keeps the experts, not the flag.
+    again changes what is said here. A copy of the model keeps the experts, not the flag.
     So that several threads can run the model, rotary embeddings that would change themselves while they
     run ("dynamic" and "longrope" scaling) keep no state between calls from then on.
 
@@ -112,6 +119,8 @@ def install(
             otherwise with :func:`preemptible`.
         priority: class of the model's work where no `preemptible` body says otherwise.
         backend: as in :func:`qllm_ops.moe`.
+        fp8_activations: True: experts with weights in FP8 multiply float8 by float8, as in
+            :func:`qllm_ops.moe`. transformers' own FP8 experts do so; by default, ours do not.
 
     Raises:
         ValueError: there are no MoE experts in the model, or an argument does not fit it.
@@ -126,7 +135,7 @@ def install(
             raise ValueError(
                 f"{name} has no weights in memory (meta device); load the model on one device first"
             )
-    settings = ExpertsSettings(Preemption(flag, priority), backend)
+    settings = ExpertsSettings(Preemption(flag, priority), backend, fp8_activations)
 
     before = {module: SETTINGS.get(module) for _, module, _ in experts}
     named, new = EXPERTS.read(model), EXPERTS.remember(model)
@@ -137,9 +146,7 @@ def install(
         for _, module, _ in experts:
             if adopt(module):
                 adopted.append(module)
-        modules = tuple(
-            _describe(model, name, layout, flag, priority, backend) for name, _, layout in experts
-        )
+        modules = tuple(_describe(model, name, layout, settings) for name, _, layout in experts)
         SETTINGS.update({module: settings for _, module, _ in experts})
         _prove_reached(model, experts)
     except BaseException:
@@ -181,10 +188,14 @@ def uninstall(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def installed(model: PreTrainedModel, *, backend: str = "auto") -> Iterator[InstallReport]:
-    """`install` for the body alone, without a flag; an install from before it is there again after it."""
+    """`install` for the body alone, without a flag; an install from before it is there again after it.
+
+    Whether activations become float8 stays as it was installed.
+    """
     earlier = {module: SETTINGS[module] for module in model.modules() if module in SETTINGS}
     again = model in EXPERTS
-    report = install(model, backend=backend)
+    fp8_activations = any(settings.fp8_activations for settings in earlier.values())
+    report = install(model, backend=backend, fp8_activations=fp8_activations)
     try:
         yield report
     finally:
@@ -250,9 +261,7 @@ def _describe(
     model: PreTrainedModel,
     name: str,
     layout: ExpertsLayout,
-    flag: PriorityFlag | None,
-    priority: int,
-    backend: str,
+    settings: ExpertsSettings,
 ) -> InstalledExperts:
     module = model.get_submodule(name)
     down = layout.weights(module)[1]
@@ -266,9 +275,10 @@ def _describe(
             *layout.weights(module),
             torch.empty(0, 1, dtype=torch.int64, device=down.device),
             torch.empty(0, 1, dtype=dtype, device=down.device),
-            flag=flag,
-            priority=priority,
-            backend=backend,
+            flag=settings.preemption.flag,
+            priority=settings.preemption.priority,
+            backend=settings.backend,
+            fp8_activations=settings.fp8_activations,
             **layout.options(module),
         )
     except (TypeError, ValueError) as error:
@@ -285,6 +295,7 @@ def _describe(
         down.device,
         run.backend,
         down.format if quantized else None,
+        settings.fp8_activations,
     )
 
 

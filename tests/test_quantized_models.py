@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from qllm_ops import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
+from qllm_ops import QuantizedWeight, moe, quantize_fp8, quantize_int4, quantize_mxfp4
 from qllm_ops.models import (
     CheckpointError,
     UnsupportedExpertsError,
@@ -25,6 +25,7 @@ from qllm_ops.models import (
     uninstall,
     warming_up,
 )
+from qllm_ops.models.install import installed
 from qllm_ops.models.projections import QuantizedProjection
 from qllm_ops.quantized import FORMATS, QUANTIZERS
 
@@ -587,6 +588,42 @@ def test_fp8_experts_with_a_clamp():
     model.config.swiglu_limit = 7.0
     quantised, _ = with_fp8_experts(model)
     assert "silu(limit=7)" in str(install(quantised))
+
+
+def test_float8_activations_are_those_of_moe():
+    quantised, _ = with_fp8_experts(qwen3().bfloat16())
+    install(quantised)
+    plain = logits(quantised)
+    report = install(quantised, fp8_activations=True)
+    assert "fp8, float8 activations" in str(report)
+    name, module = next(iter(experts_of(quantised).items()))
+    draw = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(6, 256, generator=draw).bfloat16()
+    index = torch.arange(12).view(6, 2) % 4
+    weights = torch.full((6, 2), 0.5).bfloat16()
+    pair = [
+        QuantizedWeight.from_fp8(
+            getattr(module, leaf).detach(), getattr(module, leaf + "_scale_inv").detach()
+        )
+        for leaf in ("gate_up_proj", "down_proj")
+    ]
+    expected = moe(hidden_states, *pair, index, weights, fp8_activations=True)
+    with torch.no_grad():
+        assert torch.equal(module(hidden_states, index, weights), expected), name
+    difference = (logits(quantised) - plain).norm() / plain.norm()
+    assert 0.005 < difference < 0.2
+    chosen = logits(quantised)
+    with installed(quantised):  # as the engine does
+        assert torch.equal(logits(quantised), chosen)
+    assert torch.equal(logits(quantised), chosen)
+
+
+def test_float8_activations_are_refused_by_module():
+    with pytest.raises(TypeError, match=r"layers.0.mlp.experts: gate_up_proj must be quantised to fp8"):
+        install(make_preset("tiny"), fp8_activations=True)
+    model, _ = with_fp8_experts(qwen3())
+    with pytest.raises(TypeError, match=r"experts: hidden_states must be bfloat16 or float16"):
+        install(model, fp8_activations=True)
 
 
 def test_mxfp4_experts_of_transformers_are_sent_to_load():
