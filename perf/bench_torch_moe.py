@@ -1,10 +1,11 @@
 """Speed of the torch backend against transformers' experts implementations, on this machine's CPU.
 
     python perf/bench_torch_moe.py --out result.json
+    python perf/bench_torch_moe.py --formats bf16 fp8 mxfp4 int4     what widening costs, ours alone
 
 Every round runs each implementation once, in an order that changes, so that what else the machine does
 falls on all of them alike. A ratio is the median over the rounds of (theirs / ours) within a round:
-above 1 means that ours is faster.
+above 1 means that ours is faster. Of formats: how many times as long as with the dense weights of --dtype.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import random
 import statistics
@@ -27,6 +29,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import qllm_ops
+from qllm_ops.quantized import QUANTIZERS
 
 SHAPES = [  # H, I, E, K
     (512, 1024, 8, 2),
@@ -72,13 +75,47 @@ def implementations(
     }
 
 
-def measure(calls: dict[str, Callable[[], torch.Tensor]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call, one of each per round, for about ``seconds`` and at least 7 rounds."""
+def in_formats(
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    tokens: int,
+    dtype: torch.dtype,
+    formats: list[str],
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Format -> a call that computes one layer with its weights in it; OURS has those of ``dtype``."""
+    pair = (
+        torch.randn(experts, 2 * intermediate, hidden).mul_(hidden**-0.5).to(dtype),
+        torch.randn(experts, hidden, intermediate).mul_(intermediate**-0.5).to(dtype),
+    )
+    hidden_states = torch.randn(tokens, hidden).to(dtype)
+    weights, index = torch.topk(torch.softmax(torch.randn(tokens, experts), -1), top_k)
+
+    def ours(x: torch.Tensor, pair: tuple) -> Callable[[], torch.Tensor]:
+        return lambda: qllm_ops.moe(x, *pair, index, weights.to(x.dtype))
+
+    calls = {OURS: ours(hidden_states, pair)}
+    for format in formats:
+        if format == "bf16":
+            calls[format] = ours(hidden_states.bfloat16(), tuple(w.bfloat16() for w in pair))
+        else:
+            calls[format] = ours(hidden_states, tuple(map(QUANTIZERS[format], pair)))
+    return calls
+
+
+def check(calls: dict[str, Callable[[], torch.Tensor]]) -> None:
     expected = calls["grouped_mm"]().float()
     for name, call in calls.items():
         error = (call().float() - expected).abs().max() / expected.abs().max()
         if not error < 2e-2:
             raise AssertionError(f"{name} differs from grouped_mm by {error:.1e} of the peak")
+
+
+def measure(calls: dict[str, Callable[[], torch.Tensor]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call, one of each per round, for about ``seconds`` and at least 7 rounds."""
+    for call in calls.values():
+        call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     end = time.perf_counter() + seconds
@@ -107,12 +144,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="time per row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--formats", nargs="+", choices=["bf16", *QUANTIZERS], metavar="FORMAT")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     random.seed(0)
 
+    before = os.getloadavg()
+    rows = formats_rows(args) if args.formats else peers_rows(args)
+    if args.out:
+        load = {"before": before, "after": os.getloadavg()}
+        args.out.write_text(
+            json.dumps({**provenance(args), "load_average": load, "rows": rows}, indent=1) + "\n"
+        )
+
+
+def peers_rows(args: argparse.Namespace) -> list[dict]:
     rows = []
     print(f"{args.dtype}, {args.threads} threads; theirs / ours, so above 1 is faster than theirs\n")
     print(
@@ -122,6 +170,7 @@ def main() -> None:
     for hidden, intermediate, experts, top_k in SHAPES:
         for tokens in TOKENS:
             calls = implementations(hidden, intermediate, experts, top_k, tokens, getattr(torch, args.dtype))
+            check(calls)
             times = measure(calls, args.seconds)
             row = {
                 "shape": {"H": hidden, "I": intermediate, "E": experts, "K": top_k, "T": tokens},
@@ -133,8 +182,31 @@ def main() -> None:
             }
             rows.append(row)
             print(line(row), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def formats_rows(args: argparse.Namespace) -> list[dict]:
+    rows = []
+    print(f"{args.threads} threads; how many times as long as dense weights in {args.dtype} (min-max)\n")
+    for hidden, intermediate, experts, top_k in SHAPES:
+        for tokens in TOKENS:
+            sizes = (hidden, intermediate, experts, top_k, tokens)
+            calls = in_formats(sizes, getattr(torch, args.dtype), args.formats)
+            times = measure(calls, args.seconds)
+            found = {name: summary(ratios(times, name, OURS)) for name in args.formats}
+            row = {
+                "shape": dict(zip("HIEKT", sizes, strict=True)),
+                "rounds": len(times[OURS]),
+                "seconds": {name: summary(values) for name, values in times.items()},
+                "times_as_long": found,
+            }
+            rows.append(row)
+            each = (
+                f"{n} {r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})"
+                for n, r in row["times_as_long"].items()
+            )
+            print(sizes, f"{row['seconds'][OURS]['median'] * 1e3:.3f} ms,", ", ".join(each), flush=True)
+    return rows
 
 
 def line(row: dict) -> str:

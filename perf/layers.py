@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qllm_ops import PriorityFlag
-from qllm_ops.inputs import check_inputs
+from qllm_ops.inputs import Weight, check_inputs
+from qllm_ops.quantized import QUANTIZERS, QuantizedWeight
+from qllm_ops.torch_moe import widened
 
 RMS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 """Largest relative RMS error against a reference in float32."""
@@ -21,7 +23,15 @@ RMS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 MAX_RELATIVE = 2e-2
 """Largest error of one element, relative to the largest one of the reference."""
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Pair = tuple[Weight, Weight]
+"""gate_up_proj and down_proj of a layer, dense or quantised."""
+
+Tensors = tuple[Tensor, Weight, Weight, Tensor, Tensor]
+
+DENSE = "bf16"
+"""The name of layers that are not quantised, whatever their dtype."""
+
+FORMATS = (DENSE, *QUANTIZERS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def layer_bytes(case: Sequence[Any]) -> int:
     return case[0].layer_bytes
 
 
-def weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+def weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pair:
     """(E, 2I, H) and (E, H, I) of random numbers, of such a size that activations stay near 1."""
     draw = torch.Generator(device).manual_seed(seed)
     e, i, h = shape.num_experts, shape.intermediate_size, shape.hidden_size
@@ -75,6 +85,15 @@ def weights(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 
         gate_up[expert].normal_(0, h**-0.5, generator=draw)
         down[expert].normal_(0, i**-0.5, generator=draw)
     return gate_up, down
+
+
+def quantized(pair: Pair, format: str) -> Pair:
+    """A dense pair in a format, as `quantize_...` makes it by default; DENSE leaves it as it is."""
+    return pair if format == DENSE else tuple(map(QUANTIZERS[format], pair))
+
+
+def format_of(pair: Pair) -> str:
+    return pair[1].format if isinstance(pair[1], QuantizedWeight) else DENSE
 
 
 def tokens(
@@ -89,10 +108,15 @@ def tokens(
     return hidden_states, top_k_index, (top_k_weights / top_k_weights.sum(-1, keepdim=True)).to(dtype)
 
 
-def layer_inputs(shape: Shape, num_tokens: int, pair: tuple[Tensor, Tensor], seed: int = 1) -> Tensors:
-    """The arguments of `moe` for a pair of weights."""
+def layer_inputs(shape: Shape, num_tokens: int, pair: Pair, seed: int = 1) -> Tensors:
+    """The arguments of `moe` for a pair of dense weights."""
     hidden_states, index, weight = tokens(shape, num_tokens, pair[0].dtype, pair[0].device, seed)
     return hidden_states, *pair, index, weight
+
+
+def with_weights(tensors: Tensors, pair: Pair) -> Tensors:
+    """The same tokens for other weights."""
+    return tensors[0], *pair, *tensors[3:]
 
 
 def reference(tensors: Tensors) -> Tensor:
@@ -102,8 +126,8 @@ def reference(tensors: Tensors) -> Tensor:
     for expert in index.unique().tolist():
         if 0 <= expert < gate_up_proj.shape[0]:
             rows, k = torch.where(index == expert)
-            gate, up = F.linear(hidden_states[rows].float(), gate_up_proj[expert].float()).chunk(2, -1)
-            y = F.linear(F.silu(gate) * up, down_proj[expert].float())
+            gate, up = F.linear(hidden_states[rows].float(), widened(gate_up_proj, expert)).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, widened(down_proj, expert))
             # Here every row occurs once, unless a token names an expert twice.
             out.index_add_(0, rows, y * weight[rows, k, None].float())
     return out
@@ -139,21 +163,36 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def bytes_to_move(shape: Shape, index: Tensor, itemsize: int = 2) -> int:
+def bytes_to_move(shape: Shape, index: Tensor, itemsize: int = 2, expert_bytes: float | None = None) -> float:
     """Bytes that must move: weights of every expert that has a token, hidden states in and out, once each.
 
     Intermediate activations are not among them: a kernel may keep them.
+
+    Args:
+        itemsize: of the hidden states.
+        expert_bytes: of one expert's weights, scales included; None for dense ones of the same itemsize.
     """
+    if expert_bytes is None:
+        expert_bytes = 3 * shape.intermediate_size * shape.hidden_size * itemsize
     hit = index.unique()
     hit = int(((hit >= 0) & (hit < shape.num_experts)).sum())
-    return (hit * 3 * shape.intermediate_size + 2 * index.shape[0]) * shape.hidden_size * itemsize
+    return hit * expert_bytes + 2 * index.shape[0] * shape.hidden_size * itemsize
+
+
+def stored_bytes(pair: Pair) -> int:
+    """Bytes of one expert of the pair: of quantised ones the values and their scales."""
+    return sum(weight.nbytes for weight in pair) // pair[1].shape[0]
 
 
 def floor_seconds(
-    shape: Shape, index: Tensor, bandwidth: float, flops_per_s: float, itemsize: int = 2
-) -> tuple[float, str]:
-    """The least time that the layer can take, and what bounds it: "memory" or "arithmetic"."""
-    memory = bytes_to_move(shape, index, itemsize) / bandwidth
+    shape: Shape, index: Tensor, bandwidth: float, flops_per_s: float, itemsize: int = 2,
+    expert_bytes: float | None = None,
+) -> tuple[float, str]:  # fmt: skip
+    """The least time that the layer can take, and what bounds it: "memory" or "arithmetic".
+
+    Quantised weights are widened before they are multiplied, so arithmetic is that of dense ones.
+    """
+    memory = bytes_to_move(shape, index, itemsize, expert_bytes) / bandwidth
     arithmetic = shape.flops(index.numel()) / flops_per_s
     return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
 
