@@ -2,13 +2,16 @@
 
     python perf/bench_moe.py                                    five models, T = 1 to 8192, every peer here
     python perf/bench_moe.py --models mixtral olmoe --tokens 32 8192 --peers grouped_mm vllm
+    python perf/bench_moe.py --formats bf16 fp8 mxfp4 int4      with quantised experts as well
     python perf/bench_moe.py --device cpu --models tiny --tokens 4 64 --seconds 1 --out result.json
 
 Runs from a checkout, installed or not. One layer of each model, bfloat16 (float32 on a CPU), random weights,
 tokens and routing, inputs of different routing in turn. Every implementation is one CUDA graph; they run in
 turns and their medians are compared, the quartiles beside them. Sorting by expert is part of every time, the
-router of none. The results go to perf/results/bench_moe-DEVICE-DATE.json (or --out), rewritten as they come,
-and as a picture beside it. Exit code: 0; 1 if a case failed; 2 without the device that was asked for.
+router of none. A layer of quantised experts is also held against the same one with dense weights (16 bits;
+float32 on a CPU), and against the peers that have its format. The results go to
+perf/results/bench_moe-DEVICE-DATE.json (or --out), rewritten as they come, and as a picture beside it. Exit code: 0; 1 if a case failed;
+2 without the device that was asked for.
 """
 
 from __future__ import annotations
@@ -34,16 +37,22 @@ from context import Context, cpu_name, free_memory, one_line, that_fit
 from goals import best_peer, goals, memory_ratio, name_of, quartiles
 from layers import (
     DEEPSEEK,
+    DENSE,
+    FORMATS,
     GPT_OSS,
     MIXTRAL,
     OLMOE,
     QWEN3,
     TINY,
+    Pair,
     Shape,
     Tensors,
     bytes_to_move,
     layer_inputs,
+    quantized,
+    stored_bytes,
     weights,
+    with_weights,
 )
 from timing import synchronize
 
@@ -94,6 +103,7 @@ def parse() -> argparse.Namespace:
     )
     real = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=real, metavar="MODEL")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[DENSE], metavar="FORMAT")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T")
     parser.add_argument("--peers", nargs="+", choices=peers.PEERS, default=list(peers.PEERS), metavar="PEER")
     parser.add_argument("--seconds", type=float, default=4.0, help="time per case, warm-up excluded")
@@ -145,28 +155,37 @@ def measure(args: argparse.Namespace, c: Context, document: dict[str, Any]) -> N
     shapes = [MODELS[name] for name in args.models]
     document["environment"] = gpu_check.environment(c)
     if c.device.type == "cuda":
-        document["compiled"] = compile_all(c, shapes)
+        document["compiled"] = compile_all(c, shapes, args.formats)
     document["ceilings"] = ceilings(c)
     for shape in shapes:
-        if not that_fit(c, [shape], lambda s: s.layer_bytes):
+        # The dense weights stay beside the quantised ones: half as much again at the most.
+        copies = 1 if args.formats == [DENSE] else 1.5
+        if not that_fit(c, [shape], lambda s: copies * s.layer_bytes):  # noqa: B023
             continue
-        one_model(args, c, document, shape)
-        free_memory(c.device)
-        if gpu_check.broken(c.device):
-            # What a peer left behind, mostly: --peers leaves it out.
-            document["left_out"].append(f"all after {shape.name}: the device does not answer any more")
-            return
+        dense = weights(shape, getattr(torch, document["dtype"]), c.device)
+        for format in (format for format in FORMATS if format in args.formats):
+            one_model(args, c, document, shape, dense, format)
+            free_memory(c.device)
+            if gpu_check.broken(c.device):
+                # What a peer left behind, mostly: --peers leaves it out.
+                left_out = f"all after {shape.name} {format}: the device does not answer any more"
+                document["left_out"].append(left_out)
+                return
+        del dense
 
 
-def one_model(args: argparse.Namespace, c: Context, document: dict[str, Any], shape: Shape) -> None:
-    pair = weights(shape, getattr(torch, document["dtype"]), c.device)
+def one_model(
+    args: argparse.Namespace, c: Context, document: dict[str, Any], shape: Shape, dense: Pair, format: str
+) -> None:
+    pair = quantized(dense, format)
     bound, absent = peers.bind(args.peers, shape, pair)
-    document["absent"][shape.name] = absent
+    document["absent"][named(shape, format)] = absent
     for num_tokens in sorted(set(args.tokens)):
-        case: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens, "peers": dict(absent)}
+        case: dict[str, Any] = {"shape": shape.name, "format": format, "tokens": num_tokens}
+        case["peers"] = dict(absent)
         document["cases"].append(case)
         try:
-            one_case(c, case, shape, pair, bound, document["ceilings"], args.seconds)
+            one_case(c, case, shape, (dense, pair), bound, document["ceilings"], args.seconds)
         except Exception as error:
             case["error"] = one_line(error)
             if gpu_check.broken(c.device):
@@ -174,26 +193,32 @@ def one_model(args: argparse.Namespace, c: Context, document: dict[str, Any], sh
         c.say(case_line(case))
         c.keep(case)
     for num_tokens in exit_tokens(c, args.tokens):
-        document["exits"].append(one_exit(c, shape, layer_inputs(shape, num_tokens, pair), args.seconds))
+        tensors = with_weights(layer_inputs(shape, num_tokens, dense), pair)
+        document["exits"].append(one_exit(c, shape, format, tensors, args.seconds))
         c.keep({})
+
+
+def named(shape: Shape, format: str) -> str:
+    return shape.name if format == DENSE else f"{shape.name} {format}"
 
 
 def one_case(
     c: Context,
     case: dict[str, Any],
     shape: Shape,
-    pair: tuple[torch.Tensor, torch.Tensor],
+    pairs: tuple[Pair, Pair],
     bound: dict[str, peers.Prepare],
     found: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Times, floors, polling and memory of one number of tokens, into ``case``."""
-    inputs = rotated(shape, case["tokens"], pair)
+    """Times, floors, polling and memory of one number of tokens, into ``case``; ``pairs``: dense, timed."""
+    dense = rotated(shape, case["tokens"], pairs[0])
+    inputs = [with_weights(tensors, pairs[1]) for tensors in dense]
     case["memory"] = extra_memory(c, shape, inputs[0])
-    compare(c, case, inputs, bound, 0.5 * seconds)
+    compare(c, case, inputs, bound, 0.5 * seconds, dense if case["format"] != DENSE else None)
     case |= against_device(shape, inputs, found, case["graph_us"]["qllm"]["p50"])
     try:
-        case["polling"] = polling_cost(c, shape, case["tokens"], pair, 0.5 * seconds)
+        case["polling"] = polling_cost(c, inputs, 0.5 * seconds)
     except Exception as error:
         case["polling"] = {"error": one_line(error)}
         synchronize(c.device)
@@ -204,7 +229,8 @@ def against_device(
 ) -> dict[str, Any]:
     """What must move and be computed, on average over the routings, and the rates at which ours does."""
     bandwidth, rate = found["copy_bytes_per_s"]["p50"], found["product_flops_per_s"]["p50"]
-    nbytes = statistics.mean(bytes_to_move(shape, x[3], x[1].element_size()) for x in inputs)
+    expert_bytes = stored_bytes(inputs[0][1:3])
+    nbytes = statistics.mean(bytes_to_move(shape, x[3], x[0].element_size(), expert_bytes) for x in inputs)
     flops = shape.flops(inputs[0][3].numel())
     return {
         "bytes": nbytes,
@@ -240,9 +266,9 @@ def exit_tokens(c: Context, asked: Iterable[int]) -> list[int]:
     return [t for t in EXIT_TOKENS if t in asked] if c.device.type == "cuda" else [max(asked)]
 
 
-def one_exit(c: Context, shape: Shape, tensors: Tensors, seconds: float) -> dict[str, Any]:
+def one_exit(c: Context, shape: Shape, format: str, tensors: Tensors, seconds: float) -> dict[str, Any]:
     """Launches that are told to leave. "stream" writes the flag as `PriorityFlag` does with cuda-bindings."""
-    row: dict[str, Any] = {"shape": shape.name, "tokens": tensors[0].shape[0]}
+    row: dict[str, Any] = {"shape": shape.name, "format": format, "tokens": tensors[0].shape[0]}
     until = time.monotonic() + seconds
     for way in ("stream", "copy") if c.device.type == "cuda" else ("step",):
         try:
@@ -268,12 +294,14 @@ def case_line(case: dict[str, Any]) -> str:
         return f"{name_of(case)}: {case['error']}"
     best = best_peer(case)
     against = f"{best[1]['p50']:.2f}x of {best[0]}" if best else "no peer"
+    dense = case.get("times_faster_than_dense")
+    against += f", {dense['p50']:.2f}x of {DENSE}" if dense else ""
     return f"{name_of(case)}: {case['graph_us']['qllm']['p50']:.1f} us, {against}"
 
 
 HEADINGS = (
     *("model and tokens", "ours us (quartiles)", "best peer", "times faster (quartiles)"),
-    *("floor us", "of copy", "of matmul", "polling", "memory"),
+    *("times faster than bf16", "floor us", "of copy", "of matmul", "polling", "memory"),
 )
 
 
@@ -298,12 +326,14 @@ def cells(case: dict[str, Any]) -> tuple[str, ...]:
     if "error" in case or "of_copy" not in case:
         return name_of(case), case.get("error", "not measured")
     best, polled, memory = best_peer(case), case["polling"], case["memory"]
+    dense = case.get("times_faster_than_dense")
     star = "*" if best and best[0] in case["not_captured"] else ""
     return (
         name_of(case),
         quartiles(case["graph_us"]["qllm"], ".1f"),
         best[0] + star if best else "-",
         quartiles(best[1], ".2f") if best else "-",
+        quartiles(dense, ".2f") if dense else "-",
         f"{case['floor_us']:.1f} {case['bound_by']}",
         f"{case['of_copy'] * 100:.0f} %",
         f"{case['of_matmul'] * 100:.0f} %",

@@ -76,15 +76,10 @@ def implementations(
 
 
 def in_formats(
-    hidden: int,
-    intermediate: int,
-    experts: int,
-    top_k: int,
-    tokens: int,
-    dtype: torch.dtype,
-    formats: list[str],
+    sizes: tuple[int, int, int, int, int], dtype: torch.dtype, formats: list[str]
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Format -> a call that computes one layer with its weights in it; OURS has those of ``dtype``."""
+    """Format -> a call that computes one layer (H, I, E, K, T) with weights in it; OURS has dense ones."""
+    hidden, intermediate, experts, top_k, tokens = sizes
     pair = (
         torch.randn(experts, 2 * intermediate, hidden).mul_(hidden**-0.5).to(dtype),
         torch.randn(experts, hidden, intermediate).mul_(intermediate**-0.5).to(dtype),

@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from context import Context, free_memory, one_line, that_fit
+from goals import name_of
 from layers import (
     DEEPSEEK,
+    DENSE,
+    FORMATS,
+    MIXTRAL,
     OLMOE,
     QWEN3,
     SHAPES,
@@ -23,12 +27,13 @@ from layers import (
     errors,
     layer_bytes,
     layer_inputs,
-    layer_name,
     poisoned,
+    quantized,
     reference,
     settle,
     tokens,
     weights,
+    with_weights,
 )
 
 from qllm_ops import FULL, MoeRun, PriorityFlag, moe
@@ -43,38 +48,56 @@ def correctness(c: Context) -> dict[str, Any]:
     """Every shape and number of tokens against the reference, then the edges.
 
     Outputs are filled with NaN first. Each case runs without a flag (compiled without the poll) and with
-    one that nobody pauses (with the poll); the second must have the bits of the first.
+    one that nobody pauses (with the poll); the second must have the bits of the first. Quantised layers
+    come last, against the numbers that their weights stand for.
     """
     rows: list[dict[str, Any]] = []
     result = {"cases": rows, "passed": True}
-    plan = that_fit(c, _plan(c), lambda case: case[0].layer_bytes * case[1].itemsize // 2)
-    for (shape, dtype), _ in c.in_time(plan, lambda case: f"{case[0].name} {case[1]}"):
-        failed = _one_shape(c, rows, shape, dtype)
+    plan = that_fit(c, _plan(c), _plan_bytes)
+    for (shape, dtype, format), _ in c.in_time(plan, lambda case: f"{case[0].name} {case[1]} {case[2]}"):
+        before = len(rows)
+        failed = _one_shape(c, rows, shape, dtype, format)
         free_memory(c.device)
-        worst = max((r["rms"] or 0.0 for r in rows if r["shape"] == shape.name), default=0.0)
-        c.say(f"{shape.name} {short(dtype)}: {'FAILED' if failed else 'fine'}, worst RMS error {worst:.1e}")
+        worst = max((r["rms"] or 0.0 for r in rows[before:]), default=0.0)
+        name = f"{shape.name} {short(dtype)}" + (f" {format}" if format != DENSE else "")
+        c.say(f"{name}: {'FAILED' if failed else 'fine'}, worst RMS error {worst:.1e}")
         result["passed"] = all(row["passed"] for row in rows)
         c.keep(result)
     return result
 
 
-def _one_shape(c: Context, rows: list, shape: Shape, dtype: torch.dtype) -> int:
+def _one_shape(c: Context, rows: list, shape: Shape, dtype: torch.dtype, format: str) -> int:
     """How many cases failed."""
-    pair = weights(shape, dtype, c.device)
-    counts = _token_counts(c) if dtype == torch.bfloat16 or c.rehearsal else (1, 32, 256)
-    cases = [(f"T={t}", functools.partial(layer_inputs, shape, t, pair)) for t in counts]
-    if shape in (OLMOE, TINY) and dtype == torch.bfloat16:
-        cases += edges(shape, pair)
-    return sum(not _case(c, rows, shape, dtype, name, make)["passed"] for name, make in cases)
+    dense = weights(shape, dtype, c.device)
+    pair = quantized(dense, format)
+    some = dtype != torch.bfloat16 or format != DENSE
+    counts = (1, 32, 256) if some and not c.rehearsal else _token_counts(c)
+    cases = [(f"T={t}", functools.partial(layer_inputs, shape, t, dense)) for t in counts]
+    if shape in (OLMOE, TINY) and not some:
+        cases += edges(shape, dense)
+
+    def case(name: str, make: Callable[[], Tensors]) -> bool:
+        return _case(c, rows, (shape, dtype, format), name, lambda: with_weights(make(), pair))["passed"]
+
+    return sum(not case(name, make) for name, make in cases)
 
 
-def _plan(c: Context) -> list[tuple[Shape, torch.dtype]]:
+def _plan(c: Context) -> list[tuple[Shape, torch.dtype, str]]:
     if c.rehearsal:
-        return [(TINY, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        dense = [(TINY, dtype, DENSE) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        return dense + [(TINY, torch.bfloat16, format) for format in FORMATS[1:]]
     shapes = (QWEN3, OLMOE) if c.quick else SHAPES
-    plan = [(shape, torch.bfloat16) for shape in shapes if shape != DEEPSEEK]
-    plan += [(OLMOE, torch.float16), (OLMOE, torch.float32)]
-    return plan + [(DEEPSEEK, torch.bfloat16)] * (DEEPSEEK in shapes)
+    plan = [(shape, torch.bfloat16, DENSE) for shape in shapes if shape != DEEPSEEK]
+    plan += [(OLMOE, torch.float16, DENSE), (OLMOE, torch.float32, DENSE)]
+    plan += [(DEEPSEEK, torch.bfloat16, DENSE)] * (DEEPSEEK in shapes)
+    few = (QWEN3,) if c.quick else (QWEN3, MIXTRAL)  # as they are compiled ahead
+    return plan + [(shape, torch.bfloat16, format) for shape in few for format in FORMATS[1:]]
+
+
+def _plan_bytes(case: tuple[Shape, torch.dtype, str]) -> float:
+    """Of the weights; those that were quantised are there beside the dense ones."""
+    shape, dtype, format = case
+    return shape.layer_bytes * (dtype.itemsize // 2) * (1 if format == DENSE else 1.5)
 
 
 def _token_counts(c: Context) -> tuple[int, ...]:
@@ -111,9 +134,10 @@ def edges(shape: Shape, pair: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[s
 
 
 def _case(
-    c: Context, rows: list, shape: Shape, dtype: torch.dtype, name: str, make: Callable[[], Tensors]
+    c: Context, rows: list, layer: tuple[Shape, torch.dtype, str], name: str, make: Callable[[], Tensors]
 ) -> dict[str, Any]:
-    row = {"shape": shape.name, "dtype": short(dtype), "case": name}
+    shape, dtype, format = layer
+    row = {"shape": shape.name, "dtype": short(dtype), "format": format, "case": name}
     rows.append(row)
     try:
         tensors = make()
@@ -151,10 +175,12 @@ def bitwise(c: Context) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"cases": rows, "left_early": 0, "passed": True}
     plan = that_fit(c, _bitwise_plan(c), layer_bytes)
-    for (shape, num_tokens), seconds in c.in_time(plan, layer_name):
-        pair = weights(shape, torch.bfloat16, c.device)
-        tensors = layer_inputs(shape, num_tokens, pair)
-        row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
+    for (shape, num_tokens, format), seconds in c.in_time(plan, _bitwise_name):
+        dense = weights(shape, torch.bfloat16, c.device)
+        pair = quantized(dense, format)
+        tensors = with_weights(layer_inputs(shape, num_tokens, dense), pair)
+        del dense
+        row: dict[str, Any] = {"shape": shape.name, "format": format, "tokens": num_tokens}
         rows.append(row)
         try:
             row |= Preempted(c, tensors).all_ways(time.monotonic() + seconds)
@@ -164,7 +190,7 @@ def bitwise(c: Context) -> dict[str, Any]:
                 torch.cuda.synchronize(c.device)
         del pair, tensors
         free_memory(c.device)
-        c.say(f"{layer_name((shape, num_tokens))}: {'fine' if row['passed'] else 'FAILED'} {_brief(row)}")
+        c.say(f"{name_of(row)}: {'fine' if row['passed'] else 'FAILED'} {_brief(row)}")
         result["left_early"] += row["left_early"]
         result["passed"] = all(r["passed"] for r in rows)
         c.keep(result)
@@ -174,13 +200,19 @@ def bitwise(c: Context) -> dict[str, Any]:
     return result
 
 
-def _bitwise_plan(c: Context) -> list[tuple[Shape, int]]:
+def _bitwise_plan(c: Context) -> list[tuple[Shape, int, str]]:
     if c.rehearsal:
-        return [(TINY, 8), (TINY, 2048)]
+        return [(TINY, 8, DENSE), (TINY, 2048, DENSE), *((TINY, 300, format) for format in FORMATS[1:])]
+    # Quantised ones take about a quarter of the time.
+    few = [(QWEN3, 32, format) for format in FORMATS[1:]]
     if c.quick:
-        return [(QWEN3, 32), (OLMOE, 2048)]
-    plan = [(shape, t) for t in (2048, 8) for shape in SHAPES if shape != DEEPSEEK]
-    return [*plan, (QWEN3, 8192), (DEEPSEEK, 2048)]
+        return [(QWEN3, 32, DENSE), (OLMOE, 2048, DENSE), *few[-1:]]
+    plan = [(shape, t, DENSE) for t in (2048, 8) for shape in SHAPES if shape != DEEPSEEK]
+    return [*plan, (QWEN3, 8192, DENSE), (DEEPSEEK, 2048, DENSE), *few]
+
+
+def _bitwise_name(case: tuple[Shape, int, str]) -> str:
+    return name_of(dict(zip(("shape", "tokens", "format"), (case[0].name, *case[1:]), strict=True)))
 
 
 def _brief(row: dict[str, Any]) -> str:

@@ -10,8 +10,11 @@ from typing import Any
 import peers
 import torch
 from context import Context, free_memory, nvidia_smi, one_line, that_fit
+from goals import name_of
 from layers import (
     DEEPSEEK,
+    DENSE,
+    FORMATS,
     GPT_OSS,
     MAX_RELATIVE,
     MIXTRAL,
@@ -20,6 +23,7 @@ from layers import (
     SHAPES,
     TINY,
     Launches,
+    Pair,
     Shape,
     Tensors,
     errors,
@@ -27,13 +31,20 @@ from layers import (
     layer_bytes,
     layer_inputs,
     layer_name,
+    quantized,
+    stored_bytes,
     weights,
+    with_weights,
 )
 from timing import Call, capture, copy_bandwidth, host_seconds, interleaved, matmul_rate, spread, synchronize
 
 from qllm_ops import PriorityFlag, moe
 
 TOKENS = (1, 8, 32, 256, 2048, 8192)
+
+ROUNDED_ACTIVATIONS = 0.1
+"""Largest error, relative to the peak, of a peer that rounds its activations to float8: half a step is
+1 / 16 of a number. Enough to find a wrong expert or scale, and no promise of ours."""
 
 
 # -- what the device can do ------------------------------------------------------------------------------
@@ -86,7 +97,7 @@ def polling(c: Context) -> dict[str, Any]:
         row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens}
         result["cases"].append(row)
         try:
-            row |= polling_cost(c, shape, num_tokens, pair, 0.6 * seconds)
+            row |= polling_cost(c, rotated(shape, num_tokens, pair), 0.6 * seconds)
             c.say(
                 f"{layer_name((shape, num_tokens))}: {row['overhead'] * 100:+.2f} % "
                 f"(noise {row['noise'] * 100:+.2f} %), {row['without_us']['p50']:.1f} us without"
@@ -110,25 +121,19 @@ def _polling_plan(c: Context) -> list[tuple[Shape, int]]:
     return [*((shape, t) for t in (2048, 32, 1) for shape in shapes), (DEEPSEEK, 2048)]
 
 
-def polling_cost(
-    c: Context, shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor], seconds: float
-) -> dict[str, Any]:
+def polling_cost(c: Context, inputs: list[Tensors], seconds: float) -> dict[str, Any]:
     """One layer with and without the poll, for about ``seconds``."""
-    calls, layers = _polled_calls(c, shape, num_tokens, pair)
+    calls = _polled_calls(c, inputs)
     times = interleaved(calls, c.device, seconds, least=15, most=20 if c.rehearsal else 300)
-    return _overhead(times, layers)
+    return _overhead(times, len(inputs))
 
 
-def _polled_calls(
-    c: Context, shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[dict[str, Callable[[], object]], int]:
-    """The calls, and how many layers each of them runs."""
-    inputs = rotated(shape, num_tokens, pair)
+def _polled_calls(c: Context, inputs: list[Tensors]) -> dict[str, Callable[[], object]]:
     flag = PriorityFlag(c.device)
     if c.backend != "triton":
         without = lambda: [moe(*x, backend=c.backend) for x in inputs]  # noqa: E731
         polled = lambda: [moe(*x, flag=flag, backend=c.backend) for x in inputs]  # noqa: E731
-        return {"without": without, "again": without, "with": polled}, len(inputs)
+        return {"without": without, "again": without, "with": polled}
     runs = [Launches(x, flag) for x in inputs]
 
     def launch(poll: bool) -> None:
@@ -146,7 +151,7 @@ def _polled_calls(
         runs[0].rewind()
         if progress["done"] != progress["total"]:
             raise AssertionError(f"a launch left tiles: {progress}")
-    return calls, len(inputs)
+    return calls
 
 
 def _overhead(times: dict[str, list[float]], layers: int) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def _per_layer(seconds: list[float], layers: int) -> dict[str, float | int] | No
     return spread(s / layers * 1e6 for s in seconds)
 
 
-def rotated(shape: Shape, num_tokens: int, pair: tuple[torch.Tensor, torch.Tensor]) -> list[Tensors]:
+def rotated(shape: Shape, num_tokens: int, pair: Pair) -> list[Tensors]:
     """Several inputs of different routing, so that a small layer's weights do not stay in the L2 cache."""
     sets = 8 if num_tokens <= 32 else 3 if num_tokens <= 2048 else 1
     return [layer_inputs(shape, num_tokens, pair, seed=10 + n) for n in range(sets)]
@@ -183,22 +188,24 @@ def speed(c: Context) -> dict[str, Any]:
     `host`: the same calls one after another as Python makes them: where the device is faster than Python,
     this is Python. `with flag` is `moe` with a flag, which waits for every layer. `of_floor`: floor over
     our graph time, with this device's measured ceilings. Sorting by expert is part of every time, the
-    router of none.
+    router of none. Quantised layers come last, and beside them the same layer with dense weights.
     """
     bandwidth, rate = _ceilings(c)
-    shapes = that_fit(c, _speed_shapes(c), lambda shape: shape.layer_bytes)
+    plan = that_fit(c, _speed_plan(c), lambda case: case[0].layer_bytes * (1 if case[1] == DENSE else 2))
     result: dict[str, Any] = {"cases": []}
-    for shape, seconds in c.in_time(shapes, lambda shape: shape.name):
-        dtype = torch.float32 if c.rehearsal else torch.bfloat16
-        pair = weights(shape, dtype, c.device)
+    for (shape, format, counts), seconds in c.in_time(plan, lambda case: f"{case[0].name} {case[1]}"):
+        dense = weights(shape, torch.float32 if c.rehearsal else torch.bfloat16, c.device)
+        pair = quantized(dense, format)
         bound, absent = peers.bind(peers.TRANSFORMERS, shape, pair)
-        counts = _speed_tokens(c)
         for num_tokens in counts:
-            row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens, "peers": dict(absent)}
+            row: dict[str, Any] = {"shape": shape.name, "format": format, "tokens": num_tokens}
+            row["peers"] = dict(absent)
             result["cases"].append(row)
             try:
-                inputs = rotated(shape, num_tokens, pair)
-                calls = compare(c, row, inputs, bound, 0.5 * seconds / len(counts))
+                dense_inputs = rotated(shape, num_tokens, dense)
+                inputs = [with_weights(tensors, pair) for tensors in dense_inputs]
+                beside = dense_inputs if format != DENSE else None
+                calls = compare(c, row, inputs, bound, 0.5 * seconds / len(counts), beside)
                 row["host_us"] = _as_called(c, row, calls, inputs)
                 row |= floor(shape, inputs, bandwidth, rate)
                 row["of_floor"] = row["floor_us"] / row["graph_us"]["qllm"]["p50"]
@@ -207,14 +214,22 @@ def speed(c: Context) -> dict[str, Any]:
                 synchronize(c.device)
             c.say(speed_line(row))
             c.keep(result)
-        calls = inputs = bound = None
-        del pair
+        calls = inputs = dense_inputs = beside = bound = None
+        del pair, dense
         free_memory(c.device)
     return result
 
 
-def _speed_shapes(c: Context) -> tuple[Shape, ...]:
-    return (TINY,) if c.rehearsal else (QWEN3, MIXTRAL) if c.quick else SHAPES
+def _speed_plan(c: Context) -> list[tuple[Shape, str, tuple[int, ...]]]:
+    """Shapes, formats and numbers of tokens."""
+    quantised = [format for format in FORMATS if format != DENSE]
+    if c.rehearsal:
+        return [(TINY, DENSE, _speed_tokens(c)), *((TINY, format, (4,)) for format in quantised)]
+    shapes = (QWEN3, MIXTRAL) if c.quick else SHAPES
+    plan = [(shape, DENSE, _speed_tokens(c)) for shape in shapes]
+    # A layer of few and large experts and one of many and small ones; decode is what quantising is for.
+    few = (QWEN3,) if c.quick else (QWEN3, MIXTRAL)
+    return plan + [(shape, format, (1, 32)) for shape in few for format in quantised]
 
 
 def _speed_tokens(c: Context) -> tuple[int, ...]:
@@ -222,12 +237,18 @@ def _speed_tokens(c: Context) -> tuple[int, ...]:
 
 
 def compare(
-    c: Context, row: dict[str, Any], inputs: list[Tensors], bound: dict[str, peers.Prepare], seconds: float
-) -> dict[str, Call]:
+    c: Context, row: dict[str, Any], inputs: list[Tensors], bound: dict[str, peers.Prepare], seconds: float,
+    dense: list[Tensors] | None = None,
+) -> dict[str, Call]:  # fmt: skip
     """Time ours and the peers in turns, each with all inputs in one graph. The results go into ``row``.
 
-    A peer must have our output, within the contract's tolerance, before it is timed. Under inference mode,
-    as a model that serves is. Returns the calls, ours is "qllm".
+    A peer must have our output, within the contract's tolerance, before it is timed; one that quantises
+    its activations, within ROUNDED_ACTIVATIONS. Under inference mode, as a model that serves is. Returns
+    the calls, ours is "qllm".
+
+    Args:
+        dense: the inputs with the weights before they were quantised: ours with those is timed, too, and
+            how many times as long it takes is "times_faster_than_dense" of the row.
     """
     row |= {"layers": len(inputs), "graph_us": {}, "ratio": {}, "errors": {}, "not_captured": []}
     ours = [functools.partial(moe, *tensors, backend=c.backend) for tensors in inputs]
@@ -246,19 +267,28 @@ def compare(
             synchronize(c.device)
             continue
         row["errors"][name] = off
-        if off is None or off > MAX_RELATIVE:
+        most = ROUNDED_ACTIVATIONS if peers.rounds_activations(name, inputs[0]) else MAX_RELATIVE
+        if off is None or off > most:
             row["differ"] = True
             row["peers"][name] = f"its output is not ours: off by {off} of the peak"
             continue
         calls[name] = functools.partial(_every, layers)
-    graphs = {name: _captured(c, row, name, call) for name, call in calls.items()}
+    timed = dict(calls)
+    if dense is not None:
+        timed[DENSE] = functools.partial(
+            _every, [functools.partial(moe, *tensors, backend=c.backend) for tensors in dense]
+        )
+    graphs = {name: _captured(c, row, name, call) for name, call in timed.items()}
     times = interleaved(graphs, c.device, seconds, least=7, most=10 if c.rehearsal else 200)
     row["graph_us"] = {name: _per_layer(t, len(inputs)) for name, t in times.items()}
-    row["ratio"] = {
+    ratio = {
         name: spread(a / b for a, b in zip(times[name], times["qllm"], strict=True))
         for name in times
         if name != "qllm"
     }
+    if DENSE in ratio:
+        row["times_faster_than_dense"] = ratio.pop(DENSE)
+    row["ratio"] = ratio
     return calls
 
 
@@ -298,12 +328,14 @@ def _every(layers: list[Call]) -> None:
 
 def floor(shape: Shape, inputs: list[Tensors], bandwidth: float, rate: float) -> dict[str, Any]:
     """The floor of a layer, on average over the routings of ``inputs``."""
-    floors = [floor_seconds(shape, x[3], bandwidth, rate, x[1].element_size()) for x in inputs]
+    floors = [
+        floor_seconds(shape, x[3], bandwidth, rate, x[0].element_size(), stored_bytes(x[1:3])) for x in inputs
+    ]
     return {"floor_us": statistics.mean(f[0] for f in floors) * 1e6, "bound_by": floors[0][1]}
 
 
 def speed_line(row: dict[str, Any]) -> str:
-    name = f"{row['shape']} T={row['tokens']}"
+    name = name_of(row)
     graph = row.get("graph_us") or {}
     if "error" in row or "qllm" not in graph:
         return f"{name}: {row.get('error') or row.get('peers')}"
@@ -311,5 +343,7 @@ def speed_line(row: dict[str, Any]) -> str:
     if "of_floor" in row:
         parts.append(f"{row['of_floor'] * 100:.0f} % of the floor ({row['bound_by']})")
     parts += [f"{peer} {ratio['p50']:.2f}x" for peer, ratio in row["ratio"].items()]
+    if "times_faster_than_dense" in row:
+        parts.append(f"{DENSE} {row['times_faster_than_dense']['p50']:.2f}x")
     parts += [f"as called {host['p50']:.0f} us" for key, host in row["host_us"].items() if key == "qllm"]
     return ", ".join(parts) + (" THE OUTPUTS DIFFER" if row.get("differ") else "")

@@ -21,6 +21,12 @@ PREFILL = {"Mixtral-8x7B": 0.75, "Qwen3-30B-A3B": 0.65, "OLMoE-1B-7B": 0.65}
 
 PREFILL_TOKENS = 8192
 
+QUANTIZED = {"fp8": 1.8, "mxfp4": 3.0, "int4": 3.0}
+"""How many times faster a layer of this format should be than the same one in 16 bits, up to
+QUANTIZED_TOKENS; its bytes are 2.0, 3.8 and 3.9 times fewer."""
+
+QUANTIZED_TOKENS = 32
+
 MEMORY_BYTES = 64 * 2**20
 """With fewer tokens, what the allocator rounds up is more than the activations."""
 
@@ -48,7 +54,7 @@ def goals(document: Document | None) -> list[Goal]:
     """All rows; without a document nothing is measured."""
     document = document or {"device_type": None, "cases": [], "exits": []}
     on_gpu = document["device_type"] == "cuda"
-    cases = document["cases"]
+    cases = [case for case in document["cases"] if not is_quantized(case)]
     return [
         *against_peers(cases),
         decode(cases if on_gpu else []),
@@ -57,6 +63,7 @@ def goals(document: Document | None) -> list[Goal]:
         exits(document["exits"]),
         thrown_away(document["exits"]),
         memory(cases),
+        *(faster_than_dense(document["cases"] if on_gpu else [], format) for format in QUANTIZED),
     ]
 
 
@@ -146,12 +153,32 @@ def memory(cases: Iterable[Case]) -> Goal:
     return Goal(goal.name, goal.asked, text, ratio <= 2.0)
 
 
-def _lowest(goal: Goal, cases: Iterable[Case], value: Callable[[Case], float | None], asked: float) -> Goal:
+def faster_than_dense(cases: Iterable[Case], format: str) -> Goal:
+    asked = QUANTIZED[format]
+    return _lowest(
+        Goal(
+            f"{format} experts, T <= {QUANTIZED_TOKENS}: times faster than the same in bf16", f">= {asked}x"
+        ),
+        [case for case in cases if case.get("format") == format and case["tokens"] <= QUANTIZED_TOKENS],
+        lambda case: (case.get("times_faster_than_dense") or {}).get("p50"),
+        asked,
+        lambda value: f"{value:.2f}x",
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.0f} %"
+
+
+def _lowest(
+    goal: Goal, cases: Iterable[Case], value: Callable[[Case], float | None], asked: float,
+    shown: Callable[[float], str] = _percent,
+) -> Goal:  # fmt: skip
     found = [case for case in cases if value(case) is not None]
     if not found:
         return goal
     worst = min(found, key=value)
-    text = f"lowest {value(worst) * 100:.0f} % ({name_of(worst)}), of {counted(found)}"
+    text = f"lowest {shown(value(worst))} ({name_of(worst)}), of {counted(found)}"
     return Goal(goal.name, goal.asked, text, value(worst) >= asked)
 
 
@@ -179,8 +206,14 @@ def memory_ratio(row: dict[str, int]) -> float:
     return (row["peak_bytes"] - row["output_bytes"]) / row["intermediate_bytes"]
 
 
+def is_quantized(case: Case) -> bool:
+    """Results from before there were formats have none."""
+    return case.get("format", "bf16") != "bf16"
+
+
 def name_of(row: dict[str, Any]) -> str:
-    return f"{row['shape']} T={row['tokens']}"
+    format = f" {row['format']}" if is_quantized(row) else ""
+    return f"{row['shape']}{format} T={row['tokens']}"
 
 
 def counted(rows: list[Any]) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from goals import name_of
+
 Row = list[str]
 
 
@@ -127,13 +129,15 @@ def _lanes(sections: dict[str, Any]) -> Iterable[Row]:
 
 def _speed(sections: dict[str, Any]) -> Iterable[Row]:
     for case in _result(sections, "speed").get("cases", []):
-        name = f"{case['shape']} T={case['tokens']}"
+        name = name_of(case)
         graph = (case.get("graph_us") or {}).get("qllm")
         if not graph:
             yield [name, case.get("error") or str(case.get("peers", "-"))]
             continue
         floor = f"{case['of_floor'] * 100:.0f} % of {case['bound_by']}" if "of_floor" in case else "-"
         ratios = ", ".join(f"{peer} {ratio['p50']:.2f}x" for peer, ratio in case["ratio"].items())
+        if "times_faster_than_dense" in case:
+            ratios += f"{', ' if ratios else ''}bf16 {case['times_faster_than_dense']['p50']:.2f}x"
         called = case["host_us"].get("qllm")
         called = f"as called {called['p50']:.0f}" if called else "-"
         yield [

@@ -16,6 +16,7 @@ from typing import Any
 
 from goals import best_peer, goals, memory_ratio, name_of, quartiles
 from gpu_table import summary
+from quantization_error import HEADINGS, cells
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "perf" / "results", ROOT / "docs" / "performance.md"
@@ -110,7 +111,8 @@ def bench_moe(result: Result) -> Iterator[str]:
     if picture.exists():
         yield from ("", f"![time per layer over tokens](../perf/results/{picture.name})")
     yield ""
-    columns = ("us", "best peer", "times faster", "floor us", "of copy", "of matmul", "polling", "memory")
+    against = ("best peer", "times faster", "times faster than bf16")
+    columns = ("us", *against, "floor us", "of copy", "of matmul", "polling", "memory")
     yield from table(("model, tokens", *columns), [_moe_cells(case) for case in document["cases"]])
     absent = sorted(
         {f"{peer}: {why}" for why_not in document["absent"].values() for peer, why in why_not.items()}
@@ -120,7 +122,8 @@ def bench_moe(result: Result) -> Iterator[str]:
 
 def _moe_cells(case: dict[str, Any]) -> tuple[str, ...]:
     if "error" in case or "of_copy" not in case:
-        return name_of(case), case.get("error", "not measured"), *[""] * 7
+        return name_of(case), case.get("error", "not measured"), *[""] * 8
+    dense = case.get("times_faster_than_dense")
     best, polled = best_peer(case), case["polling"]
     star = " (with gaps between its kernels)" if best and best[0] in case["not_captured"] else ""
     return (
@@ -128,6 +131,7 @@ def _moe_cells(case: dict[str, Any]) -> tuple[str, ...]:
         quartiles(case["graph_us"]["qllm"], ".1f"),
         best[0] + star if best else "-",
         quartiles(best[1], ".2f") if best else "-",
+        quartiles(dense, ".2f") if dense else "-",
         f"{case['floor_us']:.1f}, {case['bound_by']}",
         f"{case['of_copy'] * 100:.0f} %",
         f"{case['of_matmul'] * 100:.0f} %",
@@ -142,6 +146,9 @@ def gpu_check(result: Result) -> Iterator[str]:
 
 def bench_torch_moe(result: Result) -> Iterator[str]:
     document = result.document
+    if "times_as_long" in document["rows"][0]:
+        yield from _in_formats(document)
+        return
     yield f"{document['dtype']}, {document['threads']} threads. In brackets the range over all rounds."
     yield ""
     rows = [
@@ -161,6 +168,33 @@ def bench_torch_moe(result: Result) -> Iterator[str]:
 
 def _range(ratio: dict[str, float] | None) -> str:
     return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-"
+
+
+def _in_formats(document: dict[str, Any]) -> Iterator[str]:
+    before, after = (load[0] for load in document["load_average"].values())
+    formats = list(document["rows"][0]["times_as_long"])
+    yield "How many times as long a layer takes with its weights in a format as with dense ones in"
+    yield f"{document['dtype']}: in these all weights are widened to float32 in every call, an expert at a time."
+    yield f"{document['threads']} threads, other work on the machine: its load average (1 min) was {before:.1f}"
+    yield f"before and {after:.1f} after. In brackets the range over all rounds."
+    yield ""
+    rows = [
+        (
+            "H {H}, I {I}, E {E}, K {K}".format(**row["shape"]),
+            str(row["shape"]["T"]),
+            f"{row['seconds']['qllm']['median'] * 1e3:.3f}",
+            *(_range(row["times_as_long"][format]) for format in formats),
+        )
+        for row in document["rows"]
+    ]
+    yield from table(("layer", "tokens", f"{document['dtype']}, ms", *formats), rows)
+
+
+def quantization_error(result: Result) -> Iterator[str]:
+    shape = "H {H}, I {I}, {E} experts, top {K}, {T} tokens".format(**result.document["shape"])
+    yield f"{shape}. Errors are relative RMS, in percent; bits are of a number with its scales."
+    yield ""
+    yield from table(HEADINGS, map(cells, result.document["rows"]))
 
 
 def bench_engine(result: Result) -> Iterator[str]:
@@ -234,9 +268,11 @@ WRITERS = {
         """\
 `python perf/bench_moe.py`: Mixtral-8x7B, Qwen3-30B-A3B, OLMoE, DeepSeek-V3 (one layer) and the sizes of
 gpt-oss-20b, T = 1 to 8192 tokens, bfloat16, against transformers' `grouped_mm` and `batched_mm`, and vLLM's
-fused_moe and triton_kernels where they are installed. Every implementation is replayed as a CUDA graph. The
-floor is what must move (weights of the experts that are hit, activations in and out, once each) or be
-computed, at the copy bandwidth and the matmul rate measured in the same run.""",
+fused_moe and triton_kernels where they are installed. With `--formats fp8 mxfp4 int4` the same layers with
+quantised experts, against the same layer in bfloat16 and the peers that have the format. Every
+implementation is replayed as a CUDA graph. The
+floor is what must move (weights of the experts that are hit, with their scales, activations in and out, once
+each) or be computed, at the copy bandwidth and the matmul rate measured in the same run.""",
         bench_moe,
     ),
     "gpu_check": (
@@ -248,8 +284,20 @@ launch is over, polling, speed, and requests of both classes under every policy.
     ),
     "bench_torch_moe": (
         "One layer on a CPU: the torch backend",
-        "`python perf/bench_torch_moe.py`: against transformers' experts implementations.",
+        """\
+`python perf/bench_torch_moe.py`: against transformers' experts implementations; with `--formats`, what
+quantised weights cost there.""",
         bench_torch_moe,
+    ),
+    "quantization_error": (
+        "What quantised experts cost in precision",
+        """\
+`python perf/quantization_error.py`: normal weights, and weights of Student's t with 3 degrees of freedom
+(heavy-tailed), in bfloat16 before they are quantised; beside ours what published ways make of the same
+weights: transformers' `Fp8Quantize`, the OCP specification's scale of MXFP4 and the one that cuts nothing off,
+and compressed-tensors' symmetric integers (the last three by their formulas). The output is a layer's with
+both weights quantised against dense ones, in float32.""",
+        quantization_error,
     ),
     "bench_engine": (
         "The engine on a CPU",

@@ -1,5 +1,7 @@
 """The picture of a result of `bench_moe.py`: time per layer over the number of tokens, above the floor.
 
+A line for every format; a thin one of its colour is the floor of its bytes.
+
 python perf/roofline.py perf/results/bench_moe-....json
 """
 
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from goals import best_peer
+
+COLOURS = {"bf16": "C0", "fp8": "C2", "mxfp4": "C3", "int4": "C4"}
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -29,13 +33,11 @@ def draw(document: dict[str, Any], path: Path) -> None:
     rows = -(-len(models) // columns)
     figure, panels = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows + 0.6), squeeze=False)
     for panel, model in zip(panels.flat, models, strict=False):
-        mine = sorted((case for case in cases if case["shape"] == model), key=lambda case: case["tokens"])
-        tokens = [case["tokens"] for case in mine]
-        _floors(panel, mine)
-        _points(panel, tokens, [case["graph_us"]["qllm"] for case in mine], "qllm-ops", "C0", "o-")
-        compared = [case for case in mine if best_peer(case)]
-        fastest = [case["graph_us"][best_peer(case)[0]] for case in compared]
-        _points(panel, [case["tokens"] for case in compared], fastest, "best peer", "C1", "s--")
+        ours = [case for case in cases if case["shape"] == model]
+        for format, colour in COLOURS.items():
+            mine = [case for case in ours if case.get("format", "bf16") == format]
+            _format(panel, sorted(mine, key=lambda case: case["tokens"]), format, colour)
+        tokens = sorted({case["tokens"] for case in ours})
         panel.set(title=model, xlabel="tokens", ylabel="us per layer", xscale="log", yscale="log")
         panel.set_xticks(tokens, [str(t) for t in tokens])
         panel.xaxis.set_minor_locator(NullLocator())
@@ -48,6 +50,24 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _format(panel: Any, cases: list[dict[str, Any]], format: str, colour: str) -> None:
+    """Ours in one format. Peers beside dense weights only, where arithmetic bounds as well."""
+    if not cases:
+        return
+    name = "qllm-ops" if format == "bf16" else f"qllm-ops, {format}"
+    tokens = [case["tokens"] for case in cases]
+    _points(panel, tokens, [case["graph_us"]["qllm"] for case in cases], name, colour, "o-")
+    if format != "bf16":
+        known = [case for case in cases if "memory_floor_us" in case]
+        floors = [case["memory_floor_us"] for case in known]
+        panel.plot([case["tokens"] for case in known], floors, "-", color=colour, linewidth=0.8, alpha=0.5)
+        return
+    _floors(panel, cases)
+    compared = [case for case in cases if best_peer(case)]
+    fastest = [case["graph_us"][best_peer(case)[0]] for case in compared]
+    _points(panel, [case["tokens"] for case in compared], fastest, "best peer", "C1", "s--")
 
 
 def _floors(panel: Any, cases: list[dict[str, Any]]) -> None:

@@ -24,6 +24,8 @@ import peer_kernels  # noqa: E402
 import peers  # noqa: E402
 from context import Context  # noqa: E402
 
+from qllm_ops import QuantizedWeight  # noqa: E402
+
 CPU = torch.device("cpu")
 TINY = layers.TINY
 INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -58,12 +60,21 @@ def test_an_expert_elsewhere_costs_no_bytes():
     assert layers.bytes_to_move(shape, index) == 2 * (1 * 3 * 4 * 8 + 2 * 2 * 8)
 
 
+@pytest.mark.parametrize(("format", "per_number"), [("fp8", 1), ("mxfp4", 0.53125), ("int4", 0.515625)])
+def test_bytes_of_quantised_weights_are_values_and_scales_of_the_experts_that_are_hit(format, per_number):
+    shape = layers.Shape("small", 256, 128, 4, 2)
+    pair = layers.quantized(layers.weights(shape, torch.bfloat16, CPU), format)
+    scales = 4 * (2 * 2 + 2) if format == "fp8" else 0  # one for 128 x 128; of the others in per_number
+    assert layers.stored_bytes(pair) == 3 * 128 * 256 * per_number + scales * (format == "fp8")
+    inputs = [(torch.empty(1, 256, dtype=torch.bfloat16), *pair, torch.tensor([[0, 3]]), None)]
+    found = check_speed.floor(shape, inputs, bandwidth=1e6, rate=1e15)
+    assert found["floor_us"] == pytest.approx(2 * layers.stored_bytes(pair) + 2 * 2 * 256)
+
+
 def test_floor_is_the_mean_over_the_routings():
     shape = layers.Shape("small", 8, 4, 6, 2)
-    inputs = [
-        (None, torch.empty(0, dtype=torch.bfloat16), None, torch.tensor(i), None)
-        for i in ([[0, 1]], [[0, 0]])
-    ]
+    pair = layers.weights(shape, torch.bfloat16, CPU)
+    inputs = [(torch.empty(1, 8).bfloat16(), *pair, torch.tensor(i), None) for i in ([[0, 1]], [[0, 0]])]
     found = check_speed.floor(shape, inputs, bandwidth=1e6, rate=1e15)
     weights = [2 * 3 * 4 * 8 * n for n in (2, 1)]
     assert found["floor_us"] == pytest.approx(sum(weights) / 2 + 2 * 2 * 8)
@@ -100,7 +111,7 @@ def test_the_best_peer_is_the_fastest():
 
 def test_without_a_result_nothing_is_measured():
     rows = goals.goals(None)
-    assert len(rows) == 10
+    assert len(rows) == 13
     assert {(row.measured, row.met) for row in rows} == {("not measured", None)}
 
 
@@ -125,12 +136,14 @@ def document(device_type: str = "cuda", **changes) -> dict:
 
 def met(found: dict) -> dict[str, bool | None]:
     keys = ("lowest", "mean", "decode", "Mixtral", "Qwen3", "OLMoE", "polling", "exit", "lost", "memory")
+    keys += ("fp8", "mxfp4", "int4")
     return dict(zip(keys, (goal.met for goal in goals.goals(found)), strict=True))
 
 
 def test_goals_that_are_met_and_those_without_a_case():
     found = met(document())
-    assert [key for key, value in found.items() if value is None] == ["Mixtral", "Qwen3"]
+    quantised = ["fp8", "mxfp4", "int4"]
+    assert [key for key, value in found.items() if value is None] == ["Mixtral", "Qwen3", *quantised]
     assert all(value is not False for value in found.values())
     assert "0 in 100 preemptions" in goals.goals(document())[8].measured
 
@@ -153,6 +166,25 @@ def test_a_cpu_measures_no_rates_of_a_gpu():
 )
 def test_a_goal_that_is_missed(change, missed):
     assert {key for key, value in met(document(**change)).items() if value is False} == missed
+
+
+def test_quantised_layers_are_held_against_the_dense_ones_and_against_no_goal_of_theirs():
+    found = document()
+    slow = {
+        "of_copy": 0.1,
+        "ratio": {"vllm": spread(0.5)},
+        "graph_us": {"qllm": spread(9), "vllm": spread(4)},
+    }
+    for format, times, tokens in (
+        ("fp8", 1.8, 32), ("fp8", 1.0, 33), ("mxfp4", 3.1, 1), ("mxfp4", 2.9, 8), ("int4", 3.0, 32),
+    ):  # fmt: skip
+        row = case(tokens=tokens, format=format, times_faster_than_dense=spread(times), polling=None, **slow)
+        found["cases"].append(row)
+    judged = met(found)
+    assert (judged["fp8"], judged["mxfp4"], judged["int4"]) == (True, False, True)
+    assert "lowest 2.90x (OLMoE-1B-7B mxfp4 T=8), of 2 cases" in goals.goals(found)[11].measured
+    assert {key for key, value in judged.items() if value is False} == {"mxfp4"}
+    assert {met(found | {"device_type": "cpu"})[key] for key in ("fp8", "mxfp4", "int4")} == {None}
 
 
 @pytest.mark.parametrize("overhead", [-0.1, 0.004, 0.1])
@@ -222,6 +254,75 @@ def test_peers_say_why_they_are_absent(tiny, monkeypatch):
     assert set(peers.bind(("vllm", "triton_kernels"), TINY, tiny[0])[1].values()) == {"not installed"}
 
 
+def test_peers_have_only_some_formats(tiny, monkeypatch):
+    quantised = {format: layers.quantized(tiny[0], format) for format in layers.FORMATS[1:]}
+    for format, pair in quantised.items():
+        bound, absent = peers.bind(peers.PEERS, TINY, pair)
+        assert not bound  # all of them need a GPU
+        none = {
+            name
+            for name, why in absent.items()
+            if why == f"it has no {format} experts that can be called alone"
+        }
+        wanted = {"fp8": {"triton_kernels"}, "mxfp4": {"vllm"}, "int4": {"triton_kernels"}}[format]
+        assert none == wanted | ({"grouped_mm", "batched_mm"} if format != "fp8" else set())
+    monkeypatch.setattr(peers, "_on_gpu", lambda pair: None)
+    _, absent = peers.bind(peers.TRANSFORMERS, TINY, quantised["fp8"])
+    assert all("its FP8 kernels cannot be had" in why for why in absent.values())
+
+
+def quantised_case(tiny, format):
+    pair = layers.quantized(tiny[0], format)
+    return pair, [layers.with_weights(tensors, pair) for tensors in tiny[1]]
+
+
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_vllm_is_given_quantised_weights_as_it_has_them(tiny, monkeypatch, format):
+    """Against a stand-in that unpacks what it is given."""
+
+    def unpack(values, scale, block):
+        rows, columns = block
+        if values.dtype == torch.uint8:
+            values = torch.stack([values & 15, values >> 4], -1).flatten(2).float() - 8
+        wide = scale.float().repeat_interleave(rows, 1) if rows > 1 else scale.float()
+        return values.float() * wide.repeat_interleave(columns, 2)[:, : values.shape[1], : values.shape[2]]
+
+    def config(w1_scale, w2_scale, block_shape):
+        assert w1_scale.is_contiguous()
+        assert w2_scale.is_contiguous()
+        return w1_scale, w2_scale, (max(1, block_shape[0]), block_shape[1])
+
+    def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, quant_config):
+        first, second, block = quant_config
+        wide = unpack(w1, first, block), unpack(w2, second, block)
+        return layers.reference((hidden_states, *wide, topk_ids.long(), topk_weights))
+
+    names = {"fp8": "fp8_w8a8_moe_quant_config", "int4": "int4_w4a16_moe_quant_config"}
+    library = SimpleNamespace(fused_experts=fused_experts, **{names[format]: config})
+    monkeypatch.setattr(peers, "_on_gpu", lambda pair: None)
+    monkeypatch.setattr(peers, "_import", lambda name: library)
+    pair, inputs = quantised_case(tiny, format)
+    row = compared((pair, inputs), peers.bind(["vllm"], TINY, pair)[0])
+    assert row["errors"]["vllm"] < 1e-5
+
+
+def test_transformers_fp8_experts_are_given_ours(tiny, monkeypatch):
+    """Its own forward, with a stand-in for the kernels that it downloads."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+
+    def grouped(x, weight, scale, offsets, tokens_per_expert, block_size):
+        wide = fp8._dequantize_fp8_weight(weight, scale, block_size, torch.float32)
+        sizes = tokens_per_expert.int().tolist()
+        return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), wide, strict=True)])
+
+    monkeypatch.setattr(peers, "_on_gpu", lambda pair: None)
+    monkeypatch.setattr(fp8, "load_finegrained_fp8_kernel", lambda: SimpleNamespace(grouped_matmul=grouped))
+    pair, inputs = quantised_case(tiny, "fp8")
+    row = compared((pair, inputs), peers.bind(["grouped_mm"], TINY, pair)[0])
+    assert row["peers"] == {}
+    assert row["errors"]["grouped_mm"] < 1e-5
+
+
 def test_batched_mm_is_for_few_tokens(tiny):
     many = layers.layer_inputs(TINY, peers.MOST_TOKENS + 1, tiny[0])
     with pytest.raises(peers.Absent):
@@ -266,9 +367,12 @@ class TritonKernels:
     @staticmethod
     def matmul(
         a, b, bias, a_ragged_metadata=None, gather_indx=None, scatter_indx=None, gammas=None,
-        fused_activation=None,
+        fused_activation=None, precision_config=None,
     ):  # fmt: skip
         assert b.stride(-2) == 1  # the inner dimension is contiguous
+        if precision_config is not None:
+            blocks = b.mT.unflatten(2, (-1, 16))
+            b = QuantizedWeight.from_mxfp4(blocks, precision_config.mT.contiguous()).dequantize().mT
         rows = a if gather_indx is None else a[gather_indx]
         y = torch.cat([x @ w for x, w in zip(rows.split(a_ragged_metadata), b, strict=True)])
         if fused_activation is not None:
@@ -289,13 +393,41 @@ class TritonKernels:
     def FusedActivation(specs, fn_args):
         return specs
 
-    silu_and_mul = None
+    @staticmethod
+    def PrecisionConfig(b_mx_scale):
+        return b_mx_scale
+
+    @staticmethod
+    def make_default_matmul_mxfp4_w_layout(mx_axis):
+        assert mx_axis == -2
+
+    @staticmethod
+    def make_default_matmul_mxfp4_w_scale_layout(mx_axis, num_warps):
+        assert mx_axis == -2
+
+    @staticmethod
+    def wrap_torch_tensor(tensor, dtype=None):
+        return tensor
+
+    @staticmethod
+    def convert_layout(tensor, layout):
+        return tensor
+
+    silu_and_mul = FP4 = None
 
 
 def test_triton_kernels_is_given_its_layout_and_order(tiny, monkeypatch):
     monkeypatch.setattr(peers, "_on_gpu", lambda pair: None)
     monkeypatch.setattr(peers, "_import", lambda name: TritonKernels)
     assert compared(tiny, peers.bind(["triton_kernels"], TINY, tiny[0])[0])["errors"]["triton_kernels"] < 1e-5
+
+
+def test_triton_kernels_is_given_mxfp4_in_its_layout(tiny, monkeypatch):
+    monkeypatch.setattr(peers, "_on_gpu", lambda pair: None)
+    monkeypatch.setattr(peers, "_import", lambda name: TritonKernels)
+    pair, inputs = quantised_case(tiny, "mxfp4")
+    row = compared((pair, inputs), peers.bind(["triton_kernels"], TINY, pair)[0])
+    assert row["errors"]["triton_kernels"] < 1e-5
 
 
 @triton.jit
@@ -332,6 +464,9 @@ def on_cpu(tmp_path_factory):
         "8",
         "--seconds",
         "0.5",
+        "--formats",
+        "bf16",
+        "int4",
         "--device",
         "cpu",
         "--out",
@@ -344,8 +479,13 @@ def test_a_run_on_a_cpu_measures_what_a_cpu_can(on_cpu):
     done, out = on_cpu
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert [row["tokens"] for row in found["cases"]] == [8, 256]
-    for row in found["cases"]:
+    kinds = [(row["format"], row["tokens"]) for row in found["cases"]]
+    assert kinds == [("bf16", 8), ("bf16", 256), ("int4", 8), ("int4", 256)]
+    for row in found["cases"][2:]:
+        assert row["times_faster_than_dense"]["n"] >= 7
+        assert "no int4 experts" in row["peers"]["grouped_mm"]
+        assert row["bytes"] < 0.2 * found["cases"][row["tokens"] == 256]["bytes"]
+    for row in found["cases"][:2]:
         assert set(row["graph_us"]) >= {"qllm", "grouped_mm"}
         assert row["ratio"]["grouped_mm"]["n"] >= 7
         assert row["of_copy"] > 0
@@ -353,7 +493,8 @@ def test_a_run_on_a_cpu_measures_what_a_cpu_can(on_cpu):
         assert {"overhead", "noise"} <= row["polling"].keys()
         assert row["memory"] is None
         assert row["peers"]["vllm"]
-    (left,) = found["exits"]
+    left, quantised = found["exits"]
+    assert (quantised["format"], quantised["lost_tiles"]) == ("int4", 0)
     assert (left["tokens"], left["writer"], left["lost_tiles"]) == (256, "step", 0)
     assert (found["device_type"], found["dtype"]) == ("cpu", "float32")
     assert found["environment"]["versions"]["torch"] == torch.__version__
@@ -363,7 +504,14 @@ def test_a_run_on_a_cpu_measures_what_a_cpu_can(on_cpu):
 
 def test_it_prints_the_table_and_draws(on_cpu):
     done, out = on_cpu
-    for text in ("tiny T=8", "grouped_mm", "not compared: vllm", "geometric mean", "not measured"):
+    for text in (
+        "tiny T=8",
+        "tiny int4 T=8",
+        "grouped_mm",
+        "not compared: vllm",
+        "geometric mean",
+        "not measured",
+    ):
         assert text in done.stdout
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -382,7 +530,7 @@ def test_a_case_that_fails_is_a_row(capsys, monkeypatch):
     monkeypatch.setattr(bench_moe, "one_exit", lambda *rest: {"shape": "tiny", "tokens": 4})
     args = SimpleNamespace(peers=["grouped_mm"], tokens=[4], seconds=0.0)
     found = {"dtype": "float32", "absent": {}, "cases": [], "exits": [], "ceilings": {}, "left_out": []}
-    bench_moe.one_model(args, context(), found, TINY)
+    bench_moe.one_model(args, context(), found, TINY, layers.weights(TINY, torch.float32, CPU), "bf16")
     assert found["cases"][0]["error"].startswith("ZeroDivisionError")
     found |= {"device": "cpu", "device_type": "cpu", "date": "2026-11-23"}
     assert any("ZeroDivisionError" in line for line in bench_moe.table(found))

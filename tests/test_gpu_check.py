@@ -65,7 +65,12 @@ def test_a_rehearsal_measures_every_section(rehearsal):
     results = {name: entry.get("result") for name, entry in rehearsal[1]["sections"].items()}
     assert results["environment"]["versions"]["torch"] == torch.__version__
     assert results["ceilings"]["copy_bytes_per_s"]["p50"] > 0
-    cases = {(case["dtype"], case["case"]): case for case in results["correctness"]["cases"]}
+    correct = results["correctness"]["cases"]
+    formats = {"bf16", "fp8", "mxfp4", "int4"}
+    for section in ("correctness", "bitwise", "speed"):
+        assert {case["format"] for case in results[section]["cases"]} == formats
+    assert all(case["passed"] and case["nan"] == 0 for case in correct)
+    cases = {(case["dtype"], case["case"]): case for case in correct if case["format"] == "bf16"}
     assert ("bfloat16", "T=0") in cases
     assert cases["float32", "T=8"]["rms"] > 0
     assert all(case["passed"] and case["nan"] == 0 for case in cases.values())
@@ -82,8 +87,10 @@ def test_a_rehearsal_measures_every_section(rehearsal):
     (polling,) = results["polling"]["cases"]
     assert {"overhead", "noise"} <= polling.keys()
     for case in results["speed"]["cases"]:
-        assert case["ratio"]["grouped_mm"]["n"] >= 7
-        assert case["host_us"].keys() >= {"qllm", "grouped_mm", "with flag"}
+        compared = case["ratio"].get("grouped_mm") or case["times_faster_than_dense"]
+        assert compared["n"] >= 7
+        assert ("times_faster_than_dense" in case) == (case["format"] != "bf16")
+        assert case["host_us"].keys() >= {"qllm", "with flag"}
         assert not case.get("differ")
         assert 0 < case["of_floor"] < 1
     report = results["replay"]["report"]
@@ -279,7 +286,7 @@ def test_the_reference_is_the_operators():
 )
 def test_a_wrong_operator_fails_the_correctness_section(monkeypatch, spoil, capfd):
     monkeypatch.setattr(check_correct, "moe", lambda *a, **k: spoil(moe(*a, **k)))
-    monkeypatch.setattr(check_correct, "_plan", lambda c: [(layers.TINY, torch.float32)])
+    monkeypatch.setattr(check_correct, "_plan", lambda c: [(layers.TINY, torch.float32, "bf16")])
     assert check_correct.correctness(context())["passed"] is False
 
 
@@ -315,7 +322,7 @@ class RunsWhilePaused(MoeRun):
 @pytest.mark.parametrize("broken", [LosesATile, OtherBits, RunsWhilePaused])
 def test_a_broken_run_fails_the_bitwise_section(monkeypatch, broken, capfd):
     monkeypatch.setattr(check_correct, "MoeRun", broken)
-    monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 300)])
+    monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 300, "bf16")])
     result = check_correct.bitwise(context(seconds=2.0))
     assert result["passed"] is False
     assert result["cases"][0]["wrong"]
@@ -323,7 +330,7 @@ def test_a_broken_run_fails_the_bitwise_section(monkeypatch, broken, capfd):
 
 def test_bitwise_without_a_preemption_proves_nothing(monkeypatch, capfd):
     monkeypatch.setattr(check_correct.Preempted, "flips", lambda self, deadline: None)
-    monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 8)])
+    monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 8, "bf16")])
     result = check_correct.bitwise(context())
     assert result["cases"][0]["passed"] is True
     assert result["passed"] is False
@@ -379,19 +386,23 @@ def test_launches_can_be_enqueued_polled_and_rewound():
 
 
 @INTERPRETED
+@pytest.mark.parametrize("format", ["bf16", "mxfp4"])
 @pytest.mark.parametrize("num_tokens", [1, 9])
-def test_kernels_can_be_compiled_ahead_on_a_layer_without_tokens(num_tokens):
-    compile_ahead.launch_once(CPU, (32, 16, 3, 2), torch.float32, num_tokens)
+def test_kernels_can_be_compiled_ahead_on_a_layer_without_tokens(num_tokens, format):
+    compile_ahead.launch_once(CPU, (32, 16, 3, 2), torch.float32, num_tokens, format)
 
 
 def test_every_layer_of_the_plan_is_compiled_ahead(monkeypatch):
     monkeypatch.setattr("qllm_ops.tiles.arch_of", lambda device: "sm_90")
     jobs = compile_ahead.plan(context("triton"))
-    compiled = {(*sizes, dtype) for *sizes, dtype, _ in jobs}
+    compiled = {(*sizes, dtype) for *sizes, dtype, format, _ in jobs if format == "bf16"}
+    quantised = [format for *_, format, _ in jobs if format != "bf16"]
+    assert set(quantised) == {"fp8", "mxfp4", "int4"}
     for shape in layers.SHAPES:
         sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
         assert (*sizes, "bfloat16") in compiled
-    assert len(jobs) < 60
+    assert len(jobs) - len(quantised) < 60
+    assert len(quantised) < 20
 
 
 # -- exit latency, on a device that is a thread ------------------------------------------------------------

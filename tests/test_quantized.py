@@ -1,13 +1,13 @@
 """Quantised weights: what they stand for, what they cost, what is refused, and `moe` with them."""
 
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qllm_ops
@@ -24,7 +24,10 @@ from qllm_ops.testing import (
     schedules,
 )
 
-GAUSSIAN, HEAVY = "gaussian", "heavy-tailed"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "perf"))
+
+import quantization_error
+from quantization_error import GAUSSIAN, HEAVY
 
 
 def weights(kind=GAUSSIAN, shape=(2, 256, 512), dtype=torch.bfloat16):
@@ -143,29 +146,6 @@ def test_a_copy_elsewhere_is_the_same():
 # -- what they cost --------------------------------------------------------------------------------------
 
 
-def published(dense: torch.Tensor, format: str) -> list[torch.Tensor]:
-    """What other implementations make of the weight, in float32."""
-    if format == "fp8":
-        config = SimpleNamespace(weight_block_size=(128, 128), scale_fmt="float")
-        quantizer = Fp8Quantize(SimpleNamespace(quantization_config=config))
-        values, scales = quantizer._quantize_one("w", dense).values()
-        return [QuantizedWeight.from_fp8(values, scales).dequantize()]
-    wide = dense.float()
-    if format == "int4":  # compressed-tensors, symmetric, observed minimum and maximum
-        groups = dense.unflatten(2, (-1, 128))
-        scales = (groups.abs().amax(3, keepdim=True) / 7.5).float()
-        return [((groups.float() / scales).round().clamp(-8, 7) * scales).flatten(2)]
-    groups = wide.unflatten(2, (-1, 32))
-    peaks = groups.abs().amax(3, keepdim=True)
-    codes = torch.tensor(sorted(set(CODES["mxfp4"])))
-    results = []
-    # The OCP specification's power of two, and the least one that cuts nothing off.
-    for scales in (2.0 ** (peaks.log2().floor() - 2), 2.0 ** (peaks / 6).log2().ceil()):
-        nearest = ((groups / scales)[..., None] - codes).abs().argmin(-1)
-        results.append((codes[nearest] * scales).flatten(2))
-    return results
-
-
 @pytest.mark.parametrize("kind", [GAUSSIAN, HEAVY])
 @pytest.mark.parametrize(
     ("format", "most"), [("fp8", (0.027, 0.027)), ("mxfp4", (0.114, 0.15)), ("int4", (0.105, 0.25))]
@@ -174,8 +154,8 @@ def test_the_error_is_no_larger_than_of_published_implementations(format, most, 
     dense = weights(kind)
     ours = error(QUANTIZERS[format](dense), dense)
     assert ours <= most[kind == HEAVY]
-    for theirs in published(dense, format):
-        assert ours <= error(theirs, dense) * (1 + 1e-6)
+    for theirs in quantization_error.FORMATS[format].published.values():
+        assert ours <= error(theirs(dense), dense) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
