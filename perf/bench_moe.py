@@ -10,8 +10,8 @@ tokens and routing, inputs of different routing in turn. Every implementation is
 turns and their medians are compared, the quartiles beside them. Sorting by expert is part of every time, the
 router of none. A layer of quantised experts is also held against the same one with dense weights (16 bits;
 float32 on a CPU), and against the peers that have its format. The results go to
-perf/results/bench_moe-DEVICE-DATE.json (or --out), rewritten as they come, and as a picture beside it. Exit code: 0; 1 if a case failed;
-2 without the device that was asked for.
+perf/results/bench_moe-DEVICE-DATE.json (or --out), rewritten as they come, and as a picture beside it. Exit
+code: 0; 1 if a case failed; 2 without the device that was asked for.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from typing import Any
 
 from goals import best_peer, goals, memory_ratio, name_of, quartiles
 from gpu_table import summary
-from quantization_error import HEADINGS, cells
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "perf" / "results", ROOT / "docs" / "performance.md"
@@ -174,9 +173,9 @@ def _in_formats(document: dict[str, Any]) -> Iterator[str]:
     before, after = (load[0] for load in document["load_average"].values())
     formats = list(document["rows"][0]["times_as_long"])
     yield "How many times as long a layer takes with its weights in a format as with dense ones in"
-    yield f"{document['dtype']}: in these all weights are widened to float32 in every call, an expert at a time."
-    yield f"{document['threads']} threads, other work on the machine: its load average (1 min) was {before:.1f}"
-    yield f"before and {after:.1f} after. In brackets the range over all rounds."
+    yield f"{document['dtype']}. Weights in a format are widened to float32 in every call, an expert at a time."
+    yield f"{document['threads']} threads, on a machine with other work: its load average (1 min) was"
+    yield f"{before:.1f} before and {after:.1f} after. In brackets the range over all rounds."
     yield ""
     rows = [
         (
@@ -192,9 +191,32 @@ def _in_formats(document: dict[str, Any]) -> Iterator[str]:
 
 def quantization_error(result: Result) -> Iterator[str]:
     shape = "H {H}, I {I}, {E} experts, top {K}, {T} tokens".format(**result.document["shape"])
-    yield f"{shape}. Errors are relative RMS, in percent; bits are of a number with its scales."
+    yield f"{shape}. Errors are relative RMS; bits are of a number with its share of the scales."
     yield ""
-    yield from table(HEADINGS, map(cells, result.document["rows"]))
+    yield from table(ERROR_HEADINGS, map(error_cells, result.document["rows"]))
+
+
+WEIGHTS = ("gaussian", "heavy-tailed")
+"""The kinds of weights that `quantization_error.py` draws."""
+
+ERROR_HEADINGS = (
+    *("format", "bits by arithmetic", "measured"),
+    *(f"{what}, {kind}" for kind in WEIGHTS for what in ("weights", "published", "output")),
+)
+
+
+def error_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of `quantization_error.py`; the script prints it as well."""
+    found = [row["format"], f"{row['bits_by_arithmetic']:.3f}", f"{row[WEIGHTS[0]]['bits']:.3f}"]
+    for kind in WEIGHTS:
+        each = row[kind]["published"].items()
+        published = "; ".join(f"{name} {e if isinstance(e, str) else _percent(e)}" for name, e in each)
+        found += [_percent(row[kind]["weights"]), published, _percent(row[kind]["output"])]
+    return tuple(found)
+
+
+def _percent(error: float) -> str:
+    return f"{error * 100:.2f} %"
 
 
 def bench_engine(result: Result) -> Iterator[str]:
@@ -294,9 +316,9 @@ quantised weights cost there.""",
         """\
 `python perf/quantization_error.py`: normal weights, and weights of Student's t with 3 degrees of freedom
 (heavy-tailed), in bfloat16 before they are quantised; beside ours what published ways make of the same
-weights: transformers' `Fp8Quantize`, the OCP specification's scale of MXFP4 and the one that cuts nothing off,
-and compressed-tensors' symmetric integers (the last three by their formulas). The output is a layer's with
-both weights quantised against dense ones, in float32.""",
+weights: transformers' `Fp8Quantize`, the OCP specification's scale of MXFP4 and the one that cuts nothing
+off, and compressed-tensors' symmetric integers (the last three by their formulas). The output is a layer's
+with both weights quantised against dense ones, in float32.""",
         quantization_error,
     ),
     "bench_engine": (

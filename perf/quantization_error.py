@@ -24,13 +24,13 @@ from types import SimpleNamespace
 import torch
 from context import cpu_name
 from layers import OLMOE, Shape, layer_inputs, with_weights  # which makes qllm_ops importable
+from performance_page import WEIGHTS, error_cells
 from torch import Tensor
 
 from qllm_ops import QuantizedWeight, moe, quantize_fp8, quantize_int4, quantize_mxfp4
 from qllm_ops.quantized import CODES
 
-GAUSSIAN, HEAVY = "gaussian", "heavy-tailed"
-KINDS = (GAUSSIAN, HEAVY)
+GAUSSIAN, HEAVY = WEIGHTS
 
 TOKENS = 64
 
@@ -173,9 +173,9 @@ def main() -> None:
     for key in args.formats:
         format = FORMATS[key]
         row = {"format": format.name, "bits_by_arithmetic": format.bits}
-        row |= {kind: measure(shape, kind, format) for kind in KINDS}
+        row |= {kind: measure(shape, kind, format) for kind in WEIGHTS}
         rows.append(row)
-        print(" | ".join(cells(row)), flush=True)
+        print(" | ".join(error_cells(row)), flush=True)
     if args.out:
         args.out.write_text(json.dumps({**provenance(shape), "rows": rows}, indent=1) + "\n")
 
@@ -191,26 +191,6 @@ def parse() -> argparse.Namespace:
     if args.experts < 1:
         parser.error(f"--experts must be at least 1, got {args.experts}")
     return args
-
-
-HEADINGS = (
-    *("format", "bits by arithmetic", "measured"),
-    *(f"{what}, {kind}" for kind in KINDS for what in ("weights", "published", "output")),
-)
-
-
-def cells(row: dict) -> tuple[str, ...]:
-    """A row of the table, as HEADINGS names them; errors in percent."""
-    found = [row["format"], f"{row['bits_by_arithmetic']:.3f}", f"{row[GAUSSIAN]['bits']:.3f}"]
-    for kind in KINDS:
-        each = row[kind]["published"].items()
-        published = "; ".join(f"{name} {e if isinstance(e, str) else percent(e)}" for name, e in each)
-        found += [percent(row[kind]["weights"]), published, percent(row[kind]["output"])]
-    return tuple(found)
-
-
-def percent(error: float) -> str:
-    return f"{error * 100:.2f} %"
 
 
 def provenance(shape: Shape) -> dict:
