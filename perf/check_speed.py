@@ -43,8 +43,9 @@ from qllm_ops import PriorityFlag, moe
 TOKENS = (1, 8, 32, 256, 2048, 8192)
 
 ROUNDED_ACTIVATIONS = 0.1
-"""Largest error, relative to the peak, of a peer that rounds its activations to float8: half a step is
-1 / 16 of a number. Enough to find a wrong expert or scale, and no promise of ours."""
+"""Largest error, relative to the peak, of a peer that rounds its activations to float8 where ours does not:
+0.04 if it does so in groups of 128 (4 experts of OLMoE's sizes, 64 tokens). It finds a wrong expert or
+scale, and is no promise."""
 
 
 # -- what the device can do ------------------------------------------------------------------------------

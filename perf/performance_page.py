@@ -173,7 +173,8 @@ def _in_formats(document: dict[str, Any]) -> Iterator[str]:
     before, after = (load[0] for load in document["load_average"].values())
     formats = list(document["rows"][0]["times_as_long"])
     yield "How many times as long a layer takes with its weights in a format as with dense ones in"
-    yield f"{document['dtype']}. Weights in a format are widened to float32 in every call, an expert at a time."
+    yield f"{document['dtype']}. Weights in a format are widened to float32 in every call, one expert's at a"
+    yield "time."
     yield f"{document['threads']} threads, on a machine with other work: its load average (1 min) was"
     yield f"{before:.1f} before and {after:.1f} after. In brackets the range over all rounds."
     yield ""

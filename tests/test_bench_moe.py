@@ -17,6 +17,7 @@ PERF = Path(__file__).resolve().parent.parent / "perf"
 sys.path.insert(0, str(PERF))
 
 import bench_moe  # noqa: E402
+import bench_torch_moe  # noqa: E402
 import check_speed  # noqa: E402
 import goals  # noqa: E402
 import layers  # noqa: E402
@@ -453,6 +454,34 @@ def run(*options: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(PERF / "bench_moe.py"), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("format", "off", "compared"), [("fp8", 1.05, True), ("fp8", 1.2, False), ("int4", 1.05, False)]
+)
+def test_only_peers_of_fp8_may_round_their_activations(tiny, format, off, compared):
+    pair, inputs = quantised_case(tiny, format)
+    row = {"shape": "tiny", "tokens": 9, "peers": {}}
+    peer = {"vllm": lambda tensors: lambda: layers.reference(tensors) * off}
+    check_speed.compare(context(), row, inputs, peer, 0.0, dense=tiny[1])
+    assert ("vllm" in row["ratio"]) == compared
+    assert "bf16" not in row["ratio"]
+    assert row["times_faster_than_dense"]["n"] >= 7
+
+
+def test_what_widening_costs_is_measured_against_dense_weights(monkeypatch, capsys):
+    monkeypatch.setattr(bench_torch_moe, "SHAPES", [(32, 48, 4, 2)])
+    monkeypatch.setattr(bench_torch_moe, "TOKENS", [3])
+    formats = ["bf16", "fp8", "mxfp4", "int4"]
+    args = SimpleNamespace(threads=1, dtype="float32", formats=formats, seconds=0.0)
+    (row,) = bench_torch_moe.formats_rows(args)
+    assert row["shape"] == {"H": 32, "I": 48, "E": 4, "K": 2, "T": 3}
+    assert list(row["times_as_long"]) == formats
+    calls = bench_torch_moe.in_formats((32, 48, 4, 2, 3), torch.float32, formats)
+    want = calls.pop("qllm")()
+    for format, most in (("bf16", 0.02), ("fp8", 0.2), ("mxfp4", 0.8), ("int4", 0.8)):
+        off = (calls[format]().float() - want).abs().max() / want.abs().max()
+        assert 0 < off < most
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,28 @@ def test_a_result_of_bench_load():
     assert f"| one by one | bfloat16 | warm, 100 % | {times} | {memory} |" in text
 
 
+def test_results_of_quantised_weights():
+    def summary(median: float) -> dict:
+        return {"median": median, "min": median / 2, "max": median * 2}
+
+    meta = {"device": "a CPU", "date": "2026-12-01", "command": "x", "versions": {"torch": "2.13.0"}}
+    row = {
+        "shape": dict(zip("HIEKT", (8, 4, 2, 1, 64), strict=True)),
+        **{"seconds": {"qllm": summary(0.002)}, "times_as_long": {"fp8": summary(1.5)}},
+    }
+    load = {"before": [0.5, 1, 1], "after": [2.5, 1, 1]}
+    widened = {**meta, "dtype": "float32", "threads": 2, "load_average": load, "rows": [row]}
+    one = {"bits": 8.01, "weights": 0.026, "output": 0.046, "published": {"a": 0.03, "b": "not installed: b"}}
+    errors = {"format": "fp8", "bits_by_arithmetic": 8.002, "gaussian": one, "heavy-tailed": one}
+    found = {**meta, "shape": row["shape"], "rows": [errors]}
+    text = page(
+        [Result(Path("bench_torch_moe-x.json"), widened), Result(Path("quantization_error-x.json"), found)]
+    )
+    assert "| H 8, I 4, E 2, K 1 | 64 | 2.000 | 1.50 (0.75-3.00) |" in text
+    assert "0.5 before and 2.5 after" in text
+    assert "| fp8 | 8.002 | 8.010 | 2.60 % | a 3.00 %; b not installed: b | 4.60 %" in text
+
+
 def test_the_newest_comes_first_and_unknown_files_are_refused(tmp_path):
     for date in ("2026-12-01", "2026-12-03"):
         moe_result(tmp_path, date)

@@ -158,6 +158,27 @@ def test_the_error_is_no_larger_than_of_published_implementations(format, most, 
         assert ours <= error(theirs(dense), dense) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("kind", [GAUSSIAN, HEAVY])
+@pytest.mark.parametrize("format", quantization_error.FORMATS.values(), ids=quantization_error.FORMATS)
+def test_the_measured_errors_are_those_of_the_formats(format, kind):
+    """`perf/quantization_error.py` on a small layer: one product after the other adds its error."""
+    shape = quantization_error.Shape("small", 256, 128, 2, 1)
+    found = quantization_error.measure(shape, kind, format)
+    assert found["bits"] == pytest.approx(format.bits, rel=0.03)
+    assert 0 < found["weights"] <= min(found["published"].values()) * (1 + 1e-6)
+    assert found["weights"] < found["output"] < 3 * found["weights"]
+
+
+def test_a_library_that_is_missing_is_said():
+    def missing(dense):
+        raise ImportError("no module named x")
+
+    format = replace(quantization_error.FORMATS["fp8"], published={"x": missing})
+    shape = quantization_error.Shape("small", 64, 32, 1, 1)
+    found = quantization_error.measure(shape, GAUSSIAN, format)
+    assert found["published"] == {"x": "not installed: no module named x"}
+
+
 @pytest.mark.parametrize(
     ("make", "bits"),
     [
