@@ -157,10 +157,10 @@ def measure(args: argparse.Namespace, c: Context, document: dict[str, Any]) -> N
     if c.device.type == "cuda":
         document["compiled"] = compile_all(c, shapes, args.formats)
     document["ceilings"] = ceilings(c)
+    # The dense weights stay beside the quantised ones: half as much again at the most.
+    copies = 1 if args.formats == [DENSE] else 1.5
     for shape in shapes:
-        # The dense weights stay beside the quantised ones: half as much again at the most.
-        copies = 1 if args.formats == [DENSE] else 1.5
-        if not that_fit(c, [shape], lambda s: copies * s.layer_bytes):  # noqa: B023
+        if not that_fit(c, [shape], lambda s: copies * s.layer_bytes):
             continue
         dense = weights(shape, getattr(torch, document["dtype"]), c.device)
         for format in (format for format in FORMATS if format in args.formats):
@@ -172,6 +172,7 @@ def measure(args: argparse.Namespace, c: Context, document: dict[str, Any]) -> N
                 document["left_out"].append(left_out)
                 return
         del dense
+        free_memory(c.device)
 
 
 def one_model(

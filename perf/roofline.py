@@ -46,8 +46,10 @@ def draw(document: dict[str, Any], path: Path) -> None:
         panel.axis("off")
     figure.suptitle(f"{document['device']}, {document['dtype']}, {document['date'][:10]}", fontsize=10)
     lines, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="lower center", ncols=min(4, 2 * columns), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
+    across = min(4, 2 * columns)
+    figure.legend(lines, labels, loc="lower center", ncols=across, fontsize=8, frameon=False)
+    below = 0.2 + 0.2 * -(-len(labels) // across)
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

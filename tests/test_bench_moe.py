@@ -460,7 +460,7 @@ def run(*options: str) -> subprocess.CompletedProcess:
     ("format", "off", "compared"), [("fp8", 1.05, True), ("fp8", 1.2, False), ("int4", 1.05, False)]
 )
 def test_only_peers_of_fp8_may_round_their_activations(tiny, format, off, compared):
-    pair, inputs = quantised_case(tiny, format)
+    _, inputs = quantised_case(tiny, format)
     row = {"shape": "tiny", "tokens": 9, "peers": {}}
     peer = {"vllm": lambda tensors: lambda: layers.reference(tensors) * off}
     check_speed.compare(context(), row, inputs, peer, 0.0, dense=tiny[1])
