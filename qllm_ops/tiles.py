@@ -78,6 +78,7 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
+    "sm_100": Multiprocessor(227 * 1024, 7.6e6, 0.27e6, 54e3),  # B200: 2250 TFLOP/s, 8.0 TB/s, 148
     "sm_90": Multiprocessor(227 * 1024, 3.0e6, 0.25e6, 32e3),  # H200: 790 TFLOP/s and 4.3 TB/s measured, 132
     "sm_80": Multiprocessor(163 * 1024, 1.44e6, 0.09e6, 18e3),  # A100 80GB: 312 TFLOP/s, 2.0 TB/s, 108
     "sm_86": Multiprocessor(99 * 1024, 0.65e6, 0.2e6, 8e3),  # RTX 4090: 165 TFLOP/s, 1.0 TB/s, 128
@@ -125,8 +126,8 @@ _DECODE = {
 }
 
 TILES_16_BIT = {
-    # wgmma needs 64 rows per four warps. 128 x 256 is the largest tile whose sums fit the registers of
-    # eight warps (128 each, 255 used in all) and four stages of it the shared memory (192 KB).
+    # wgmma, and tcgen05 on sm_100, needs 64 rows per four warps. 128 x 256 is the largest tile whose sums fit
+    # the registers of eight warps (128 each, 255 used in all) and four stages the shared memory (192 KB).
     "sm_90": {
         "gate_up": {
             **_DECODE["gate_up"], 64: TileConfig(64, 64, 64, 4, 4, 2), 128: TileConfig(128, 128, 64, 8, 4),
@@ -176,6 +177,9 @@ TILES_W8A8 = {
         "down": {**_DECODE_W8A8["down"], 64: TileConfig(64, 64, 128, 4, 2, 2)},
     },
 }
+
+TILES_OF = {"sm_100": "sm_90", "sm_86": "sm_80"}
+"""Architectures whose 16-bit tiles are those of another."""
 
 # IEEE float32 has no matrix unit: 64 x 64 sums in 8 warps are 16 a thread, enough to reuse what is loaded.
 TILES_32_BIT = {
@@ -253,9 +257,14 @@ def _combine(n: int, dtype: torch.dtype) -> TileConfig:
 
 def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str, weights: str | None) -> TileConfig:
     if weights == W8A8:  # What is neither of the two is refused by `fit_device`.
-        config = TILES_W8A8["sm_90" if arch == "sm_90" else "sm_86"][phase][min(block_m, 64)]
+        config = TILES_W8A8["sm_90" if TILES_OF.get(arch, arch) == "sm_90" else "sm_86"][phase][
+            min(block_m, 64)
+        ]
         return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch, weights))
-    table = TILES_32_BIT if dtype.itemsize == 4 else TILES_16_BIT[{"sm_86": "sm_80"}.get(arch, arch)]
+    table = TILES_32_BIT if dtype.itemsize == 4 else TILES_16_BIT[TILES_OF.get(arch, arch)]
+    if weights is not None and dtype.itemsize == 4 and arch == "sm_100":
+        # From 64 rows on, Triton 3.6 multiplies what was widened in TF32 there, asked for IEEE or not.
+        block_m = min(block_m, 32)
     config = table[phase][block_m]
     if weights is not None:
         config = _for_quantized(config, dtype, arch)
@@ -272,7 +281,8 @@ def _for_quantized(config: TileConfig, dtype: torch.dtype, arch: str) -> TileCon
         return replace(config, num_stages=6)
     if config.block_m == 128:
         # The largest tile's sums leave no registers to widen in.
-        return replace(config, block_n=config.block_n // 2 if arch == "sm_90" else min(64, config.block_n))
+        hopper = TILES_OF.get(arch, arch) == "sm_90"
+        return replace(config, block_n=config.block_n // 2 if hopper else min(64, config.block_n))
     return config
 
 
@@ -366,6 +376,19 @@ def _programs_that_fit(
     # The driver keeps 1 KB of shared memory for itself in each program.
     fit = MULTIPROCESSORS[arch].shared_bytes // (shared_bytes(phase, config, dtype, weights) + 1024)
     return max(1, min(config.programs_per_sm, fit))
+
+
+@functools.cache
+def compile_options(config: TileConfig, dtype: torch.dtype, arch: str) -> dict[str, int | bool]:
+    """What a kernel of these tiles is compiled with besides them. Not to be changed."""
+    # Fusing is the compiler's default today and will not be; fixed here, the bits stay the same.
+    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    if arch == "sm_100" and dtype.itemsize == 2:
+        # As many registers as the resident programs leave each other. Not told so, the assembler saves them
+        # for programs that do not come, and spills some. (Of 32 bits it keeps more than it should then.)
+        threads = 32 * config.num_warps * config.programs_per_sm
+        options["maxnreg"] = min(255, 65536 // threads // 8 * 8)
+    return options
 
 
 # -- what the device at hand can run -----------------------------------------------------------------------
@@ -482,7 +505,8 @@ def arch_of(device: torch.device) -> str:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
     if major >= 9:
-        return "sm_90" if major < 12 else "sm_86"  # 12.x are cards with 99 KB of shared memory again
+        # 11.x have the matrix units of 10.x; 12.x are cards with 99 KB of shared memory again.
+        return "sm_90" if major < 10 else "sm_100" if major < 12 else "sm_86"
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 

@@ -17,7 +17,15 @@ from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
 from qllm_ops.quantized import QuantizedWeight
-from qllm_ops.tiles import TileConfig, arch_of, fit_device, layer_configs, partial_width, token_counts
+from qllm_ops.tiles import (
+    TileConfig,
+    arch_of,
+    compile_options,
+    fit_device,
+    layer_configs,
+    partial_width,
+    token_counts,
+)
 from qllm_ops.torch_moe import checked
 
 ROUNDS = {"gate_up": 2, "down": 2, "combine": 1}
@@ -385,8 +393,7 @@ class TritonMoe:
 
     def _block(self, kernel: str) -> dict[str, int | bool]:
         config = self.tiles[kernel]
-        # Fusing is the compiler's default today and will not be; fixed here, the bits stay the same.
-        compiled = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+        compiled = compiled_with(config, self.inputs.hidden_states.dtype, self.device)
         return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **compiled}
 
     def _weights(self, phase: str, weight: Weight, bias: torch.Tensor | None) -> dict[str, object]:
@@ -526,6 +533,11 @@ def tiles_for(
         weights=weights,
     )
     return fit_device(configs, dtype, device, weights)
+
+
+@functools.cache
+def compiled_with(config: TileConfig, dtype: torch.dtype, device: torch.device) -> dict[str, int | bool]:
+    return compile_options(config, dtype, arch_of(device))
 
 
 @functools.cache

@@ -19,19 +19,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm_ops.kernels import moe
-from qllm_ops.tiles import TileConfig
+from qllm_ops.tiles import TileConfig, compile_options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 PLAIN = {
@@ -122,7 +125,7 @@ def compile_kernel(request: dict, directory: Path) -> dict:
             if name in ALIGNED and types[name] != "constexpr"
         },
     )
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
+    options = compile_options(config, DTYPES[request["dtype"]], request["arch"])
     compiled = triton.compile(source, target=TARGETS[request["arch"]], options=options)
     stem = f"{request['arch']}-{request['kernel']}-{request['dtype']}-{compiled.hash[:12]}"
     record = {**request, "shared": compiled.metadata.shared}

@@ -2,7 +2,8 @@
 
 Every tile configuration that a known model reaches, compiled in another process (tests/compile_kernels.py).
 By default all of them for sm_90 in bfloat16, and the largest and the smallest for the rest (in float16, which
-compiles as bfloat16 does, the largest); HYPOTHESIS_PROFILE=thorough compiles all of them for all.
+compiles as bfloat16 does, the largest; for sm_100 in bfloat16 only); HYPOTHESIS_PROFILE=thorough compiles all
+of them for all.
 """
 
 import functools
@@ -24,12 +25,15 @@ from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, shared_bytes, shipped_
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = (("sass", True), ("has_flag", False), ("even", False))
 PRODUCTS = ("gate_up", "down")
-nvidia = pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_89"])  # sm_89: float8 by float8 only
+nvidia = pytest.mark.parametrize(
+    "arch", ["sm_100", "sm_90", "sm_80", "sm_89"]
+)  # sm_89: float8 by float8 only
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 # Both orders are written by one version of the compiler or another.
 POLL = re.compile(r"\bld\.(global\.)?(relaxed\.sys|sys\.relaxed)")
-PRODUCT = re.compile(r"wgmma\.mma_async|mma\.sync|fma\.rn\.f32")
+LARGE = {"sm_100": "tcgen05.mma", "sm_90": "wgmma.mma_async"}  # of 64 rows and more
+PRODUCT = re.compile(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync|fma\.rn\.f32")
 MATRIX_PRODUCT = r"(?:wgmma\.mma_async|mma\.sync)\S+"
 TICKET = re.compile(r"\batom\.\S*relaxed\S*\.add")
 
@@ -38,7 +42,7 @@ def requests(arch: str) -> list[dict]:
     if arch == "sm_89":
         return float8_requests(arch)
     chosen = []
-    for dtype in DTYPES if arch != "gfx942" else ("bf16",):
+    for dtype in DTYPES if arch in ("sm_90", "sm_80") or (THOROUGH and arch == "sm_100") else ("bf16",):
         for phase in PHASES:
             configs = [config for name, config in shipped_configs(arch, DTYPES[dtype]) if name == phase]
             configs.sort(key=lambda config: (config.block_m * config.block_n, config.split_k))
@@ -71,7 +75,7 @@ def quantized_requests(arch: str) -> list[dict]:
             configs = [c for name, c in shipped_configs(arch, DTYPES[dtype], format) if name == phase]
             configs.sort(key=lambda config: (config.block_m * config.block_n, config.split_k))
             if not THOROUGH and arch != "sm_90":
-                configs = [configs[0], configs[-1]] if arch == "sm_80" else configs[:1]
+                configs = configs[:1] if arch == "gfx942" else [configs[0], configs[-1]]
             base = {"kernel": phase, "arch": arch, "dtype": dtype, "format": format, "layout": layout}
             chosen += [{**base, "config": asdict(config)} for config in configs]
             chosen.append({**chosen[-1], "even": False})
@@ -153,7 +157,9 @@ def test_no_register_is_spilled(compiled, arch):
         assert record["registers"] <= 255, name(record)
 
 
-@pytest.mark.parametrize(("arch", "limit"), [("sm_90", 228), ("sm_80", 164), ("sm_89", 100), ("gfx942", 64)])
+@pytest.mark.parametrize(
+    ("arch", "limit"), [("sm_100", 228), ("sm_90", 228), ("sm_80", 164), ("sm_89", 100), ("gfx942", 64)]
+)
 def test_all_resident_programs_fit_the_multiprocessor(compiled, arch, limit):
     driver_kb = 0 if arch == "gfx942" else 1  # of every program's shared memory
     for record in select(compiled(arch)):
@@ -248,8 +254,8 @@ def test_16_bit_tiles_use_the_matrix_units(compiled, arch):
         if record["dtype"] == "fp32":
             # IEEE: no tensor core rounds the factors to 10 bits.
             assert "mma" not in ptx, name(record)
-        elif arch == "sm_90" and record["config"]["block_m"] >= 64:
-            assert "wgmma.mma_async" in ptx, name(record)
+        elif arch in LARGE and record["config"]["block_m"] >= 64:
+            assert LARGE[arch] in ptx, name(record)
         else:
             assert "mma.sync" in ptx, name(record)
 

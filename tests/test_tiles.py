@@ -40,7 +40,7 @@ from qllm_ops.tiles import (
     unsupported,
 )
 
-ARCHS = ("sm_90", "sm_80", "sm_86", "gfx942")
+ARCHS = ("sm_100", "sm_90", "sm_80", "sm_86", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 archs, dtypes = st.sampled_from(ARCHS), st.sampled_from(DTYPES)
 
@@ -136,8 +136,8 @@ def test_shipped_configurations_cover_every_phase(arch, dtype):
 
 @pytest.mark.parametrize(
     ("capability", "arch"),
-    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_90"),
-     ((12, 0), "sm_86"), ((7, 5), "sm_86")],
+    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
+     ((11, 0), "sm_100"), ((12, 0), "sm_86"), ((7, 5), "sm_86")],
 )  # fmt: skip
 def test_arch_of_a_cuda_device(monkeypatch, capability, arch):
     monkeypatch.setattr(torch.version, "hip", None)
@@ -156,6 +156,7 @@ def test_arch_of_other_devices(monkeypatch):
 # Of astuple() of every configuration that MODELS reach, 16 and 32 bits. Who changes a heuristic on purpose
 # writes the new one here; who does not has found out that it changed.
 CHOSEN = {
+    "sm_100": ("a9243f12cd57", "1cf2d03eabd0"),
     "sm_90": ("114c43164a55", "e7cac23a9811"),
     "sm_80": ("1ff5c32dfd1a", "5832d5fb9521"),
     "sm_86": ("fc4adc012bf9", "02270abbfcd5"),
@@ -207,8 +208,8 @@ def test_without_a_limit_the_tiles_are_the_fastest_and_sums_whole(arch, dtype):
     for layer in model_layers():
         longest = layer_configs(**layer, dtype=dtype, arch=arch, max_exit_us=float("inf"))
         for phase in ("gate_up", "down"):
-            table = tiles.TILES_32_BIT if dtype.itemsize == 4 else tiles.TILES_16_BIT.get(arch)
-            table = table or tiles.TILES_16_BIT["sm_80"]
+            tables = tiles.TILES_16_BIT
+            table = tiles.TILES_32_BIT if dtype.itemsize == 4 else tables[tiles.TILES_OF.get(arch, arch)]
             _, block_m, _ = tiles.row_class(layer["num_tokens"], layer["top_k"], layer["num_experts"])
             wanted = replace(table[phase][block_m], programs_per_sm=longest[phase].programs_per_sm)
             assert longest[phase] == wanted

@@ -71,7 +71,7 @@ def test_an_entry_is_found_by_the_key_that_it_is_written_with(no_tables):
 # -- candidates --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_86", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_100", "sm_90", "sm_80", "sm_86", "gfx942"])
 @pytest.mark.parametrize("max_exit_us", [10.0, tiles.EXIT_US, float("inf")])
 def test_candidates_fit_the_device_and_leave_in_time(arch, max_exit_us):
     t = tuning(arch, max_exit_us)
