@@ -7,12 +7,14 @@ Three formats, all with rows of K consecutive numbers, as (E, N, K) dense weight
     mxfp4    e2m1, two a byte (E, N, K/2)   32 of a row, as 2 ** n     4 + 8 / 32
     int4     two a byte (E, N, K/2)         a group of a row, 16 bits  4 + 16 / group
 
-Two numbers of a byte are neighbours in their row, the first in the low half. An int4 half h stands for h - 8.
+Two numbers of a byte are neighbours in their row, the first in the low half. An int4 half h stands
+for h - 8; or for h - zero where every scale has a zero point beside it, a byte each (8 / group bits more).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +48,9 @@ ROW_GROUP = 128
 """Columns of activations that share a scale: those that DeepSeek-V3 was trained with, and few enough for what
 the matrix units of an H100 add up in less than float32."""
 
+INT4_SPANS = (15.0, 16.0, 17.25, 18.75)
+"""The same for the span from a group's least number to its largest, 0 included, which has 15 steps."""
+
 INT4_DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.75, 9.5)
 """Steps that the largest number of a group may be taken as; the one with the least squared error is. The
 range ends at 7 and -8: beyond that the largest numbers are cut off, and all the others get finer steps."""
@@ -66,6 +71,8 @@ class QuantizedWeight:
         block: rows and columns that share a scale; the last of either may be shorter. Columns are a power of
             two, at least 16. One row except in "fp8"; 32 columns in "mxfp4".
         columns: K.
+        zeros: of an asymmetric "int4", uint8 of 0 to 15, in the shape of the scales; a half h stands for
+            (h - zero) * scale. None: all are 8. Copied as the scales are.
         largest: no number is larger than this in magnitude.
 
     Raises:
@@ -77,6 +84,7 @@ class QuantizedWeight:
     format: str
     block: tuple[int, int]
     columns: int
+    zeros: Tensor | None = None
     largest: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,9 +93,27 @@ class QuantizedWeight:
         _check_block(self.format, self.block)
         self._check_values()
         self._check_scales()
+        self._check_zeros()
         object.__setattr__(self, "scales", _with_whole_words(self.scales))
-        largest = LARGEST[self.format] * self._wide_scales(self.scales).max().item()
+        if self.zeros is not None:
+            object.__setattr__(self, "zeros", _with_whole_words(self.zeros))
+        largest = (LARGEST[self.format] if self.zeros is None else 15.0) * self._wide_scales(
+            self.scales
+        ).max().item()
         object.__setattr__(self, "largest", largest)
+
+    @classmethod
+    def checked(
+        cls, values: Tensor, scales: Tensor, format: str, block: Sequence[int], columns: int,
+        zeros: Tensor | None, largest: float,
+    ) -> QuantizedWeight:  # fmt: skip
+        """Of what a QuantizedWeight had already: nothing is checked, so no device is waited for."""
+        weight = object.__new__(cls)
+        attributes = {"values": values, "scales": scales, "format": format, "block": tuple(block)}
+        attributes |= {"columns": columns, "zeros": zeros, "largest": largest}
+        for name, value in attributes.items():
+            object.__setattr__(weight, name, value)
+        return weight
 
     @classmethod
     def from_fp8(
@@ -112,10 +138,13 @@ class QuantizedWeight:
         return cls(blocks.flatten(2), scales, "mxfp4", (1, 32), blocks.shape[2] * 32)
 
     @classmethod
-    def from_compressed_tensors(cls, weight_packed: Tensor, weight_scale: Tensor) -> QuantizedWeight:
-        """From a symmetric 4-bit "pack-quantized" checkpoint: (E, N, K / 8) int32 and (E, N, K / group).
+    def from_compressed_tensors(
+        cls, weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None = None
+    ) -> QuantizedWeight:
+        """From a 4-bit "pack-quantized" checkpoint: (E, N, K / 8) int32 and (E, N, K / group).
 
-        The group follows from the shapes, so K is a multiple of it.
+        The group follows from the shapes, so K is a multiple of it. An asymmetric one has zero points too,
+        (E, ceil(N / 8), K / group) int32: eight rows of the output in one, the first in the lowest bits.
         """
         for name, tensor in (("weight_packed", weight_packed), ("weight_scale", weight_scale)):
             if not isinstance(tensor, Tensor) or tensor.dim() != 3:
@@ -130,7 +159,9 @@ class QuantizedWeight:
                 f"got shape {tuple(weight_scale.shape)}"
             )
         # The first of the eight is in the lowest bits, which is the first byte.
-        return cls(weight_packed.view(torch.uint8), weight_scale, "int4", (1, columns // groups), columns)
+        values, block = weight_packed.view(torch.uint8), (1, columns // groups)
+        zeros = None if weight_zero_point is None else _zeros_of_rows(weight_zero_point, weight_scale)
+        return cls(values, weight_scale, "int4", block, columns, zeros)
 
     # -- what it looks like ----------------------------------------------------------------------
 
@@ -145,16 +176,19 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.stride(0) * self.scales.shape[0] * self.scales.itemsize
+        padded = [self.scales] if self.zeros is None else [self.scales, self.zeros]
+        return self.values.nbytes + sum(x.stride(0) * x.shape[0] * x.itemsize for x in padded)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
         return QuantizedWeight(
-            self.values.to(device), self.scales.to(device), self.format, self.block, self.columns
+            self.values.to(device), self.scales.to(device), self.format, self.block, self.columns, zeros
         )
 
     def __str__(self) -> str:
-        return f"{self.format} {tuple(self.shape)}, a scale for {self.block[0]} x {self.block[1]}"
+        scale = "a scale" if self.zeros is None else "a scale and a zero point"
+        return f"{self.format} {tuple(self.shape)}, {scale} for {self.block[0]} x {self.block[1]}"
 
     # -- what it stands for ----------------------------------------------------------------------
 
@@ -163,6 +197,9 @@ class QuantizedWeight:
         which = slice(None) if expert is None else expert
         wide, scales = self._widen(self.values[which]), self._wide_scales(self.scales[which])
         rows, columns = self.block
+        if self.zeros is not None:
+            shifts = 8.0 - self.zeros[which].repeat_interleave(columns, -1)[..., : self.columns]
+            wide += shifts  # small integers: no rounding
         if rows > 1:
             scales = scales.repeat_interleave(rows, -2)[..., : wide.shape[-2], :]
         if self.columns % columns == 0:
@@ -227,6 +264,21 @@ class QuantizedWeight:
             worst = self.scales.flatten()[(~((self.scales > 0) & (self.scales < torch.inf))).flatten()][0]
             raise ValueError(f"scales must be positive and finite, got {worst.item()}")
 
+    def _check_zeros(self) -> None:
+        if self.zeros is None:
+            return
+        if self.format != "int4":
+            raise ValueError(f"zeros must be None in {self.format}, only int4 has zero points, got a tensor")
+        _check_tensor("zeros", self.zeros, (torch.uint8,))
+        if self.zeros.shape != self.scales.shape:
+            raise ValueError(
+                f"zeros must be {tuple(self.scales.shape)}, one for each scale, got {tuple(self.zeros.shape)}"
+            )
+        if self.zeros.device != self.values.device:
+            raise ValueError(f"zeros are on {self.zeros.device}, but values on {self.values.device}")
+        if (self.zeros > 15).any():
+            raise ValueError(f"zeros must be 0 to 15, got {self.zeros.max().item()}")
+
 
 def _check_block(format: str, block: tuple[int, int]) -> None:
     if not (isinstance(block, tuple) and len(block) == 2 and all(type(size) is int for size in block)):
@@ -256,6 +308,21 @@ def _float8_to_float32(values: Tensor) -> Tensor:
     bits = values.view(torch.int8).to(torch.int16)  # whose sign fills the upper byte
     bits.bitwise_left_shift_(7).bitwise_and_(~0x4000)
     return bits.view(torch.float16).float().mul_(256)
+
+
+def _zeros_of_rows(weight_zero_point: Tensor, weight_scale: Tensor) -> Tensor:
+    """Zero points of rows, (E, N, K / group) uint8, from eight rows in an int32."""
+    experts, rows, groups = weight_scale.shape
+    wanted = (experts, -(-rows // 8), groups)
+    if not isinstance(weight_zero_point, Tensor) or weight_zero_point.dtype != torch.int32:
+        got = getattr(weight_zero_point, "dtype", type(weight_zero_point).__name__)
+        raise TypeError(f"weight_zero_point must be int32, eight rows each, got {got}")
+    if tuple(weight_zero_point.shape) != wanted:
+        got = tuple(weight_zero_point.shape)
+        raise ValueError(f"weight_zero_point must be (E, ceil(N / 8), K / group) = {wanted}, got shape {got}")
+    shifts = 4 * torch.arange(8, device=weight_zero_point.device)
+    halves = (weight_zero_point[:, :, None, :] >> shifts[:, None]) & 15
+    return halves.flatten(1, 2)[:, :rows].to(torch.uint8)
 
 
 def _with_whole_words(scales: Tensor) -> Tensor:
@@ -305,7 +372,7 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
         tried = [(exponents + more).clamp_(-127, 127) for more in (0, 1)]
         one = torch.ones_like(groups[:, :, :1])
         scales = [torch.ldexp(one, n) for n in tried]
-        best = _least_error(groups, scales, _nearest_e2m1)
+        best = _least_error(groups, scales, [_nearest_e2m1] * 2)
         values = _nearest_e2m1(groups / torch.where(best == 0, *scales))
         # Times 2 ** -14 these are float16 numbers that end after two bits of exponent and one of mantissa.
         bits = values.mul_(2.0**-14).half().view(torch.int16)
@@ -316,27 +383,38 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
     return _by_expert(weight, quantize, "mxfp4", (1, 32))
 
 
-def quantize_int4(weight: Tensor, group_size: int = 128) -> QuantizedWeight:
-    """Quantise (E, N, K) of any floating-point dtype to integers of -8 to 7, a 16-bit scale for each group.
+def quantize_int4(weight: Tensor, group_size: int = 128, symmetric: bool = True) -> QuantizedWeight:
+    """Quantise (E, N, K) of any floating-point dtype to integers of 4 bits, a 16-bit scale for each group.
 
     The scale is the one of INT4_DIVISORS with the least squared error; in the weight's dtype if that has 16
     bits, else bfloat16. One expert at a time. Raises as :func:`quantize_fp8`.
 
     Args:
         group_size: numbers of a row that share a scale: a power of two, at least 16. It need not divide K.
+        symmetric: False: groups have a zero point of their own, where that lessens the squared error.
     """
     block = (1, group_size)
     _check_block("int4", block)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     dtype = torch.float16 if isinstance(weight, Tensor) and weight.dtype == torch.float16 else torch.bfloat16
 
-    def quantize(expert: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(expert: Tensor) -> tuple[Tensor, ...]:
         groups = _padded(expert, 1, group_size).unflatten(1, (-1, group_size))
         peaks = groups.abs().amax(2, keepdim=True)
         tried = [_scale_of(peaks, divisor, dtype) for divisor in INT4_DIVISORS]
-        best = _least_error(groups, tried, _nearest_int4)
-        scales = torch.stack(tried).gather(0, best[None])[0]
-        codes = _nearest_int4(groups / scales).add_(8).to(torch.uint8)
-        return _packed(codes.flatten(1)[:, : expert.shape[1]]), scales[..., 0].to(dtype)
+        zeros = [torch.full_like(peaks, 8)] * len(tried)
+        if not symmetric:
+            low, high = groups.amin(2, keepdim=True).clamp_(max=0), groups.amax(2, keepdim=True).clamp_(min=0)
+            for divisor in INT4_SPANS:
+                tried.append(_scale_of(high - low, divisor, dtype))
+                zeros.append((7.5 - (high + low) / (2 * tried[-1])).round_().clamp_(0, 15))
+        best = _least_error(groups, tried, [functools.partial(_nearest_int4, zeros=z) for z in zeros])
+        scales, zero = (torch.stack(each).gather(0, best[None])[0] for each in (tried, zeros))
+        codes = _nearest_int4(groups / scales, zero).add_(zero).to(torch.uint8)
+        values = _packed(codes.flatten(1)[:, : expert.shape[1]])
+        result = values, scales[..., 0].to(dtype)
+        return result if symmetric else (*result, zero[..., 0].to(torch.uint8))
 
     return _by_expert(weight, quantize, "int4", block)
 
@@ -350,7 +428,7 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 
 def _by_expert(
     weight: Tensor,
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    quantize: Callable[[Tensor], tuple[Tensor, ...]],
     format: str,
     block: tuple[int, int],
 ) -> QuantizedWeight:
@@ -368,9 +446,11 @@ def _by_expert(
             pieces = [quantize(piece.float().contiguous()) for piece in expert.split(rows)]
             parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
             if number == 0:
-                values, scales = (part.new_empty(len(weight), *part.shape) for part in parts)
-            values[number], scales[number] = parts
-        return QuantizedWeight(values, scales, format, block, weight.shape[2])
+                wholes = [part.new_empty(len(weight), *part.shape) for part in parts]
+            for whole, part in zip(wholes, parts, strict=True):
+                whole[number] = part
+        values, scales, *zeros = wholes
+        return QuantizedWeight(values, scales, format, block, weight.shape[2], *zeros)
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -385,9 +465,9 @@ def _scale_of(peaks: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
     return torch.where(peaks == 0, 1.0, scales)
 
 
-def _nearest_int4(x: Tensor) -> Tensor:
-    """The nearest number of the format, into ``x``."""
-    return x.round_().clamp_(-8, 7)
+def _nearest_int4(x: Tensor, zeros: Tensor) -> Tensor:
+    """The nearest number of the format with these zero points, into ``x``."""
+    return x.round_().clamp_(-zeros, 15 - zeros)
 
 
 def _nearest_e2m1(x: Tensor) -> Tensor:
@@ -398,10 +478,11 @@ def _nearest_e2m1(x: Tensor) -> Tensor:
     return x.div_(step).round_().mul_(step).clamp_(-6, 6)
 
 
-def _least_error(groups: Tensor, scales: list[Tensor], nearest: Callable[[Tensor], Tensor]) -> Tensor:
-    """Which of these scales is the best for every group, (N, groups, 1)."""
+def _least_error(groups: Tensor, scales: list[Tensor], nearest: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    """Which of these scales is the best for every group, (N, groups, 1), each with its way to round."""
     errors = [
-        nearest(groups / scale).mul_(scale).sub_(groups).square_().sum(2, keepdim=True) for scale in scales
+        round_(groups / scale).mul_(scale).sub_(groups).square_().sum(2, keepdim=True)
+        for scale, round_ in zip(scales, nearest, strict=True)
     ]
     return torch.stack(errors).argmin(0)
 

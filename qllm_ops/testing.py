@@ -32,7 +32,7 @@ from torch import Tensor
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.moe import moe_reference
-from qllm_ops.quantized import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
+from qllm_ops.quantized import FORMATS, QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,11 +69,17 @@ def own_norm(rows: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 0.1)).to(rows.dtype)
 
 
+QUANTIZED = (*FORMATS, "int4_asymmetric")
+"""How `MoeCase` quantises weights: the formats, and int4 once more with zero points."""
+
+
 def quantize(weight: Tensor, format: str, fp8_activations: bool = False) -> QuantizedWeight:
     """With blocks as small as they come: small layers then have several, and parts of one at their edges."""
     if format == "fp8":
         return quantize_fp8(weight, block=(12, 128 if fp8_activations else 16))
-    return quantize_mxfp4(weight) if format == "mxfp4" else quantize_int4(weight, 16)
+    if format == "mxfp4":
+        return quantize_mxfp4(weight)
+    return quantize_int4(weight, 16, symmetric=format != "int4_asymmetric")
 
 
 def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def moe_cases(
 ) -> MoeCase:
     """Layers of every kind and size, T = 0, one expert and K = E included; see ROUTINGS for the rest.
 
-    ``formats`` of `qllm_ops.quantized` make the weights quantised ones, None leaves them dense.
+    ``formats`` of QUANTIZED make the weights quantised ones, None leaves them dense.
     """
     num_experts = draw(st.integers(1, max_experts))
     routing = draw(st.sampled_from(ROUTINGS))

@@ -408,6 +408,8 @@ class TritonMoe:
             lies = {
                 "weight_ptr": weight.values.view(torch.uint8),
                 "weight_scale_ptr": weight.scales,
+                "weight_zero_ptr": weight.zeros,
+                "zero_columns": None if weight.zeros is None else weight.zeros.stride(1),
                 "FORMAT": self.inputs.product_format,
                 "GROUP_N": weight.block[0],
                 "GROUP_K": weight.block[1],
@@ -420,6 +422,7 @@ class TritonMoe:
                 "weight_ptr": weight,
                 "weight_scale_ptr": self._state,
                 **dict.fromkeys(("FORMAT", "GROUP_N", "GROUP_K", "scale_columns")),
+                **dict.fromkeys(("weight_zero_ptr", "zero_columns")),
                 "row_stride": 1 if transposed else length,
                 "k_stride": rows if transposed else 1,
             }

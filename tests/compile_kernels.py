@@ -65,6 +65,7 @@ FORMATS = {
     "fp8_w8a8": ({"FORMAT": "fp8_w8a8", "GROUP_N": 128, "GROUP_K": 128}, "fp32"),
     "mxfp4": ({"FORMAT": "mxfp4", "GROUP_N": 1, "GROUP_K": 32}, "u8"),
     "int4": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 32}, "T"),
+    "int4_asymmetric": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 32}, "T"),
 }
 
 # "T" stands for the type of hidden_states.
@@ -87,7 +88,9 @@ SIZES = {
     "partial_width",
 }  # fmt: skip
 ARGUMENTS |= dict.fromkeys(SIZES, "i32")
-ARGUMENTS["scale_columns"] = "i32"  # a multiple of a word, and often no larger one
+ARGUMENTS |= dict.fromkeys(
+    ("scale_columns", "zero_columns"), "i32"
+)  # a multiple of a word, and often no larger one
 ALIGNED = {*SIZES, *(name for name in ARGUMENTS if name.endswith("_ptr"))}
 ALIGNED.remove("flag_ptr")  # the word of any class
 
@@ -110,6 +113,11 @@ def compile_kernel(request: dict, directory: Path) -> dict:
     arguments = {**ARGUMENTS, "weight_scale_ptr": f"*{scale}"}
     if quantized["FORMAT"]:
         arguments["weight_ptr"] = "*u8"
+    if request.get("format") == "int4_asymmetric":
+        arguments["weight_zero_ptr"] = "*u8"
+    else:
+        arguments["zero_columns"] = "constexpr"
+        constants |= {"weight_zero_ptr": None, "zero_columns": None}
     types = {name: arguments.get(name, "constexpr") for name in names}
     # A launch makes a constant of an argument that is 1 or None.
     types |= {name: "constexpr" for name in names if constants.get(name) == 1}
@@ -122,7 +130,7 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name in ALIGNED and types[name] != "constexpr"
+            if name in (*ALIGNED, "weight_zero_ptr") and types[name] != "constexpr"
         },
     )
     options = compile_options(config, DTYPES[request["dtype"]], request["arch"])

@@ -27,8 +27,8 @@ from qllm_ops import FULL, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.kernels import moe as kernels
-from qllm_ops.quantized import FORMATS, QuantizedWeight
-from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, in_float32, own_gate, own_norm, quantize
+from qllm_ops.quantized import QuantizedWeight
+from qllm_ops.testing import CLAMPED, LAYOUTS, QUANTIZED, MoeCase, in_float32, own_gate, own_norm, quantize
 from qllm_ops.tiles import INTERPRETER, TileConfig
 from qllm_ops.triton_moe import ROUNDS, TritonMoe, tiles_for
 
@@ -98,7 +98,7 @@ def layers(draw, fused: bool = False) -> MoeInputs:
     top_k = draw(st.integers(1, min(experts, 3)) | st.just(experts))
     layout = draw(st.sampled_from(("concatenated", *LAYOUTS)))
     own = () if fused else (torch.tanh if "ungated" in layout else own_gate,)
-    formats = (None,) if "transposed" in layout else (None, None, *FORMATS)
+    formats = (None,) if "transposed" in layout else (None, None, *QUANTIZED)
     return layer(
         draw(st.integers(0, 6)), draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES)), experts, top_k,
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
@@ -359,7 +359,7 @@ QUANTIZED_TILES = (
 )
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", QUANTIZED)
 @pytest.mark.parametrize("tiles", QUANTIZED_TILES, ids=["exits", "long"])
 @pytest.mark.parametrize("sizes", [(32, 32), (35, 19)], ids=["even", "uneven"])
 def test_every_format_of_quantised_weights(format, tiles, sizes):

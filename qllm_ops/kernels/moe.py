@@ -39,7 +39,7 @@ always in one place, the counter, a slot or a program, and moves by single atomi
 import triton
 import triton.language as tl
 
-from qllm_ops.kernels.quantized import INTERPRETED, dequantize, float8_products, quantized_rows
+from qllm_ops.kernels.quantized import INTERPRETED, dequantize, float8_products, group_rows, quantized_rows
 from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
 
 MAX_PHASES = tl.constexpr(_MAX_PHASES)
@@ -181,6 +181,7 @@ def multiply(
     b_stride,  # from one k to the next
     b_inside,  # which columns of b exist, if MASKED
     scale_ptrs,  # to the first scale of every column of b, if there is a FORMAT
+    zero_ptrs,  # to the first zero point; None: there are none
     begin,
     stop,
     flag_ptr,
@@ -203,7 +204,7 @@ def multiply(
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if EXIT_K == 0:
         sums = add_products(
-            sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, begin, stop, stop,
+            sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, begin, stop, stop,
             FORMAT, GROUP_K, MASKED, EVEN, BLOCK_K, STAGES,
         )  # fmt: skip
         whole = True
@@ -213,7 +214,7 @@ def multiply(
         while stay:
             upto = tl.minimum(k + EXIT_K, stop)
             sums = add_products(
-                sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, k, upto, stop,
+                sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, k, upto, stop,
                 FORMAT, GROUP_K, MASKED, EVEN, BLOCK_K, STAGES,
             )  # fmt: skip
             k += EXIT_K
@@ -232,6 +233,7 @@ def add_products(
     b_stride,
     b_inside,
     scale_ptrs,
+    zero_ptrs,
     begin,
     upto,
     stop,
@@ -253,7 +255,7 @@ def add_products(
             sums += float8_products(a, b_ptrs, scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
         else:
             if FORMAT is not None:
-                b = dequantize(b_ptrs, scale_ptrs, k, stop, FORMAT, GROUP_K, EVEN, BLOCK_K)
+                b = dequantize(b_ptrs, scale_ptrs, zero_ptrs, k, stop, FORMAT, GROUP_K, EVEN, BLOCK_K)
                 b = tl.trans(narrow(b, a.dtype))
             elif EVEN and MASKED:
                 b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)
@@ -425,6 +427,7 @@ def gate_up(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
     weight_scale_ptr,  # of quantised weights, as in quantized_rows; their row_stride is in bytes
+    weight_zero_ptr,  # (E, R, zero_columns), rows of whole words; None: there are no zero points
     bias_ptr,  # (E, R)
     scale_ptr,  # (T, K): what multiplies the sums of each pair, if SCALED
     intermediate_ptr,  # (P, I)
@@ -440,6 +443,7 @@ def gate_up(
     row_stride,  # of an expert's weights: from row to row, and along a row
     k_stride,
     scale_columns,
+    zero_columns,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,  # None: no clamp
@@ -500,9 +504,13 @@ def gate_up(
                 weight_ptr, weight_scale_ptr, expert, weights, weight_rows, row_stride, scale_columns,
                 FORMAT, GROUP_N, BLOCK_K,
             )  # fmt: skip
+        if weight_zero_ptr is None:
+            zero_ptrs = None
+        else:
+            zero_ptrs = group_rows(weight_zero_ptr, expert, weights, weight_rows, zero_columns, 1)
         sums, whole = multiply(
             hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
-            b_ptrs, k_stride, inside, scale_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
+            b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
             MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if SCALED:
@@ -551,6 +559,7 @@ def down(
     intermediate_ptr,  # (P, I)
     weight_ptr,  # (E, H, I), strides below
     weight_scale_ptr,
+    weight_zero_ptr,
     bias_ptr,  # (E, H)
     partial_ptr,  # (SPLIT_K, P, W)
     order_ptr,  # (P,) int64
@@ -569,6 +578,7 @@ def down(
     row_stride,
     k_stride,
     scale_columns,
+    zero_columns,
     FORMAT: tl.constexpr,  # as in gate_up
     GROUP_N: tl.constexpr,
     GROUP_K: tl.constexpr,
@@ -616,11 +626,17 @@ def down(
                 weight_ptr, weight_scale_ptr, expert, chunk_begin + weights, hidden_size, row_stride,
                 scale_columns, FORMAT, GROUP_N, BLOCK_K,
             )  # fmt: skip
+        if weight_zero_ptr is None:
+            zero_ptrs = None
+        else:
+            zero_ptrs = group_rows(
+                weight_zero_ptr, expert, chunk_begin + weights, hidden_size, zero_columns, 1
+            )
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums, whole = multiply(
             intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
-            b_ptrs, k_stride, inside, scale_ptrs,
+            b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs,
             begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
             MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip

@@ -30,17 +30,23 @@ def quantized_rows(
     """Where the first BLOCK_K numbers of an expert's rows are, and the first scale of each row."""
     bytes = tl.arange(0, BLOCK_K // 2 if FORMAT == "mxfp4" or FORMAT == "int4" else BLOCK_K)
     first = expert.to(tl.int64) * weight_rows
-    scale_rows = expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N
     return (
         weight_ptr + (first + rows)[:, None] * row_bytes + bytes[None, :],
-        weight_scale_ptr + scale_rows * scale_columns,
+        group_rows(weight_scale_ptr, expert, rows, weight_rows, scale_columns, GROUP_N),
     )
+
+
+@triton.jit
+def group_rows(ptr, expert, rows, weight_rows, columns, GROUP_N: tl.constexpr):
+    """The first scale, or zero point, of each row."""
+    return ptr + (expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N) * columns
 
 
 @triton.jit
 def dequantize(
     value_ptrs,
     scale_ptrs,
+    zero_ptrs,  # to the first zero point of each row, in whole words too; None: there are none
     k,
     stop,
     FORMAT: tl.constexpr,
@@ -58,24 +64,40 @@ def dequantize(
     scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
     if PACKED == 2:
         values = tl.reshape(tl.join(values & 15, values >> 4), (values.shape[0], BLOCK_K))
-    wide = widen(values, FORMAT).to(tl.float32)
-    wide = tl.reshape(wide, (scales.shape[0], scales.shape[1], BLOCK_K // scales.shape[1]))
-    return tl.reshape(wide * scales[:, :, None], (values.shape[0], BLOCK_K))
+    wide = tl.reshape(widen(values, FORMAT), (scales.shape[0], scales.shape[1], BLOCK_K // scales.shape[1]))
+    if zero_ptrs is not None:  # Small integers: nothing is rounded.
+        zeros = load_groups(zero_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255
+        wide += 8 - zeros.to(tl.float16)[:, :, None]
+    return tl.reshape(wide.to(tl.float32) * scales[:, :, None], (values.shape[0], BLOCK_K))
 
 
 @triton.jit
 def load_scales(scale_ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scales of columns k to k + BLOCK_K of some rows, in float32: (rows, 1), or one for every GROUP_K.
+    """The scales of columns k to k + BLOCK_K of some rows, float32: (rows, 1), or one for every GROUP_K."""
+    dtype: tl.constexpr = scale_ptrs.dtype.element_ty
+    words = load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    if dtype == tl.uint8:  # The exponent of a float32; 0 is of numbers without a leading 1.
+        words = words & 255
+        scales = tl.where(words == 0, 0x00400000, words << 23).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        scales = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scales = (words << (32 - dtype.primitive_bitwidth)).to(tl.float32, bitcast=True)
+    return scales
+
+
+@triton.jit
+def load_groups(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What groups of columns k to k + BLOCK_K have, in the lowest bits of integers; above them is anything.
 
     They come in words of 4 bytes, with a few that are not needed: fewer cannot be copied to shared memory
     while others are multiplied. GROUP_K is a multiple of BLOCK_K, or a part of it.
     """
-    dtype: tl.constexpr = scale_ptrs.dtype.element_ty
-    BITS: tl.constexpr = dtype.primitive_bitwidth
+    BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
     IN_WORD: tl.constexpr = 32 // BITS
     GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
     WORDS: tl.constexpr = GROUPS // IN_WORD if GROUPS > IN_WORD else 1
-    word_ptrs = scale_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
+    word_ptrs = ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
     numbers = k // (GROUP_K * IN_WORD) + tl.arange(0, WORDS)
     if EVEN:
         words = tl.load(word_ptrs + numbers[None, :])
@@ -85,14 +107,7 @@ def load_scales(scale_ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, 
     if BITS < 32:
         shifts = (k // GROUP_K + tl.arange(0, GROUPS // WORDS)) % IN_WORD * BITS
         words = tl.reshape(words[:, :, None] >> shifts[None, None, :], (words.shape[0], GROUPS))
-    if dtype == tl.uint8:  # The exponent of a float32; 0 is of numbers without a leading 1.
-        words = words & 255
-        scales = tl.where(words == 0, 0x00400000, words << 23).to(tl.float32, bitcast=True)
-    elif dtype == tl.float16:
-        scales = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        scales = (words << (32 - BITS)).to(tl.float32, bitcast=True)
-    return scales
+    return words
 
 
 @triton.jit
