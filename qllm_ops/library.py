@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qllm_ops.activation import Activation
 from qllm_ops.flag import NUMBERED, PriorityFlag
+from qllm_ops.inputs import Weight
+from qllm_ops.quantized import QuantizedWeight
 
 NO_FLAG = -1
 
@@ -54,8 +56,17 @@ def moe_op(
     down_proj: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_zeros: Tensor | None,
+    down_scales: Tensor | None,
+    down_zeros: Tensor | None,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    format: str | None,
+    gate_up_block: list[int],
+    down_block: list[int],
+    columns: list[int],
+    largest: list[float],
     kind: str,
     alpha: float,
     limit: float | None,
@@ -64,14 +75,20 @@ def moe_op(
     interleaved: bool,
     transposed: bool,
     weights_on_input: bool,
+    fp8_activations: bool,
     batch_invariant: bool,
     max_exit_us: float,
     flag: int,
     priority: int,
     backend: str,
 ) -> Tensor:
+    """Of quantised weights gate_up_proj and down_proj are the values; lists are of both, or empty."""
     from qllm_ops.moe import moe  # which imports this module
 
+    if format is not None:
+        gate_up = (gate_up_proj, gate_up_scales, format, gate_up_block, columns[0], gate_up_zeros, largest[0])
+        down = (down_proj, down_scales, format, down_block, columns[1], down_zeros, largest[1])
+        gate_up_proj, down_proj = QuantizedWeight.checked(*gate_up), QuantizedWeight.checked(*down)
     return moe(
         hidden_states,
         gate_up_proj,
@@ -85,6 +102,7 @@ def moe_op(
         interleaved=interleaved,
         transposed=transposed,
         weights_on_input=weights_on_input,
+        fp8_activations=fp8_activations,
         batch_invariant=batch_invariant,
         max_exit_us=max_exit_us,
         flag=numbered_flag(flag),
@@ -94,10 +112,10 @@ def moe_op(
 
 
 def traced(
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Weight, ...],
     biases: tuple[Tensor | None, Tensor | None],
     activation: str | Activation,
-    layout: tuple[bool, bool, bool, bool],
+    layout: tuple[bool, bool, bool, bool, bool],
     tiles: tuple[bool, float],
     flag: PriorityFlag | None,
     priority: int,
@@ -108,9 +126,20 @@ def traced(
         act = (activation, 1.0, None, 0.0)
     else:
         act = (activation.kind, activation.alpha, activation.limit, activation.up_offset)
+    hidden_states, gate_up_proj, down_proj, *routing = tensors
+    if isinstance(gate_up_proj, QuantizedWeight):
+        both = (gate_up_proj, down_proj)
+        scales = tuple(tensor for weight in both for tensor in (weight.scales, weight.zeros))
+        format, blocks = down_proj.format, [list(weight.block) for weight in both]
+        lists = (*blocks, [weight.columns for weight in both], [weight.largest for weight in both])
+        tensors = (hidden_states, gate_up_proj.values, down_proj.values, *routing)
+    else:
+        scales, format, lists = (None,) * 4, None, ([], [], [], [])
     number = NO_FLAG if flag is None else flag.number
     with torch.no_grad():  # as without a compiler, no gradient is recorded
-        return torch.ops.qllm_ops.moe(*tensors, *biases, *act, *layout, *tiles, number, priority, backend)
+        return torch.ops.qllm_ops.moe(
+            *tensors, *scales, *biases, format, *lists, *act, *layout, *tiles, number, priority, backend
+        )
 
 
 @moe_op.register_fake

@@ -16,7 +16,7 @@ from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight, check_inputs
 from qllm_ops.library import traced, uncompiled
-from qllm_ops.quantized import QuantizedWeight, rounded_rows
+from qllm_ops.quantized import rounded_rows
 from qllm_ops.tiles import EXIT_US, unsupported
 from qllm_ops.torch_moe import TorchMoe, widened
 
@@ -104,15 +104,13 @@ def moe(
         TypeError, ValueError: an argument is refused; the message names it.
 
     torch.compile and torch.export see one operator, `qllm_ops::moe`. Functions of yours (activation,
-    expert_norm) and quantised weights cannot be arguments of an operator: such a call breaks the graph.
+    expert_norm) cannot be arguments of an operator: such a call breaks the graph.
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    traceable = _traceable(gate_up_proj, down_proj, activation, expert_norm) and not fp8_activations
-    if torch.compiler.is_compiling() and traceable:
-        biases, layout = (gate_up_bias, down_bias), (gated, interleaved, transposed, weights_on_input)
-        return traced(
-            tensors, biases, activation, layout, (batch_invariant, max_exit_us), flag, priority, backend
-        )
+    if torch.compiler.is_compiling() and _traceable(gate_up_proj, down_proj, activation, expert_norm):
+        biases, tiles = (gate_up_bias, down_bias), (batch_invariant, max_exit_us)
+        layout = (gated, interleaved, transposed, weights_on_input, fp8_activations)
+        return traced(tensors, biases, activation, layout, tiles, flag, priority, backend)
     return uncompiled(
         _moe,
         *tensors,
@@ -135,8 +133,9 @@ def moe(
 
 def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expert_norm: object) -> bool:
     """Whether an operator can have these as arguments."""
-    quantized = isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight)
-    return isinstance(activation, (str, Activation)) and expert_norm is None and not quantized
+    # What is refused is refused by a call outside of the graph.
+    alike = getattr(gate_up_proj, "format", None) == getattr(down_proj, "format", None)
+    return isinstance(activation, (str, Activation)) and expert_norm is None and alike
 
 
 def _moe(*tensors: Weight, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qllm_ops
-from qllm_ops import Activation, PriorityFlag
+from qllm_ops import Activation, PriorityFlag, QuantizedWeight, quantize_int4
 from qllm_ops.flag import NUMBERED
 from qllm_ops.library import numbered_flag
-from qllm_ops.testing import LAYOUTS, MoeCase, assert_same_bits, flipping, own_gate
+from qllm_ops.testing import LAYOUTS, QUANTIZED, MoeCase, assert_same_bits, flipping, own_gate, quantize
 
 CASE = MoeCase(33, 16, 12, 4, 2)
 
@@ -31,7 +31,8 @@ class Block(torch.nn.Module):
         for name in ("hidden_states", "top_k_index", "top_k_weights"):
             del self.options[name]
         for name in ("gate_up_proj", "down_proj"):
-            setattr(self, name, torch.nn.Parameter(self.options.pop(name)))
+            weight = self.options.pop(name)
+            setattr(self, name, weight if case.quantized else torch.nn.Parameter(weight))
         self.router = torch.nn.Linear(case.hidden_size, case.num_experts).to(case.dtype)
         self.top_k, self.flag = case.top_k, flag
 
@@ -110,20 +111,95 @@ def test_export():
 def arguments(case, flag=-1, priority=0, backend="torch"):
     given = case.tensors()
     five = ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights")
+    scales, lists = (None,) * 4, ([], [], [], [])
+    both = [given[name] for name in five[1:3]]
+    if case.quantized:
+        scales = tuple(tensor for weight in both for tensor in (weight.scales, weight.zeros))
+        lists = (*(list(w.block) for w in both), [w.columns for w in both], [w.largest for w in both])
+        given |= {"gate_up_proj": both[0].values, "down_proj": both[1].values}
+    format = case.quantized and case.quantized.removesuffix("_asymmetric")
     return (
-        *(given[name] for name in five), given.get("gate_up_bias"), given.get("down_bias"),
+        *(given[name] for name in five), *scales, given.get("gate_up_bias"), given.get("down_bias"),
+        format, *lists,
         case.activation, 1.0, None, 0.0,
         given.get("gated", True), given.get("interleaved", False), given.get("transposed", False),
-        case.weights_on_input, False, 30.0, flag, priority, backend,
+        case.weights_on_input, False, False, 30.0, flag, priority, backend,
     )  # fmt: skip
 
 
 @settings(max_examples=5, deadline=None)
-@given(st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.booleans(), st.integers(0, 40))
-def test_opcheck(layout, biases, on_input, tokens):
+@given(
+    st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.booleans(), st.integers(0, 40),
+    st.sampled_from((None, *QUANTIZED)),
+)  # fmt: skip
+def test_opcheck(layout, biases, on_input, tokens, quantized):
     flag = PriorityFlag()
-    case = MoeCase(tokens, 16, 12, 4, 2, layout=layout, biases=biases, weights_on_input=on_input)
-    torch.library.opcheck(torch.ops.qllm_ops.moe.default, arguments(case, flag.number))
+    quantized = None if "transposed" in layout else quantized
+    case = MoeCase(
+        tokens, 16, 12, 4, 2, layout=layout, biases=biases, weights_on_input=on_input, quantized=quantized
+    )
+    # Whether an argument was changed is looked for by arithmetic that torch has not for float8.
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += ["test_schema"] if quantized != "fp8" else []
+    given = arguments(case, flag.number)
+    torch.library.opcheck(torch.ops.qllm_ops.moe.default, given, test_utils=checks)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@torch.no_grad()
+def test_a_block_of_quantised_experts_is_one_graph(format):
+    case = MoeCase(33, 16, 12, 4, 2, quantized=format, biases=True, dtype=torch.bfloat16)
+    block, x = Block(case, PriorityFlag()), case.tensors()["hidden_states"]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x), block(x))
+    program = torch.export.export(block, (x,), strict=True)
+    assert "torch.ops.qllm_ops.moe.default" in str(program)
+    assert_same_bits(program.module()(x), block(x))
+
+
+@torch.no_grad()
+def test_quantised_weights_may_be_arguments_and_others_the_next_time():
+    """Of other scales, sizes and groups: nothing of the first is left in the graph."""
+    call = lambda tensors: 2 * qllm_ops.moe(**tensors)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for hidden, format, seed in (
+        (16, "int4", 0),
+        (16, "int4", 1),
+        (40, "int4", 0),
+        (16, "int4_asymmetric", 0),
+    ):
+        tensors = MoeCase(5, hidden, 12, 4, 2, quantized=format, seed=seed).tensors()
+        assert_same_bits(compiled(tensors), call(tensors))
+    tensors["gate_up_proj"] = quantize_int4(tensors["gate_up_proj"].dequantize(), 32)
+    assert_same_bits(compiled(tensors), call(tensors))
+
+
+@torch.no_grad()
+def test_float8_activations_are_one_graph():
+    case = MoeCase(5, 32, 16, 2, 1, dtype=torch.bfloat16)
+    tensors = case.tensors() | {"fp8_activations": True}
+    for name in ("gate_up_proj", "down_proj"):
+        tensors[name] = quantize(tensors[name], "fp8", fp8_activations=True)
+    call = lambda tensors: 2 * qllm_ops.moe(**tensors)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(tensors)
+    assert_same_bits(compiled, call(tensors))
+    assert not torch.equal(compiled, call(tensors | {"fp8_activations": False}))
+
+
+def test_a_graph_does_not_look_at_the_values_again(monkeypatch):
+    case = MoeCase(5, 16, 12, 4, 2, quantized="int4_asymmetric")
+    given = arguments(case)
+    expected = qllm_ops.moe(**case.tensors(), backend="torch")
+    monkeypatch.setattr(QuantizedWeight, "__post_init__", None)
+    assert_same_bits(torch.ops.qllm_ops.moe(*given), expected)
+
+
+@torch.no_grad()
+def test_weights_that_are_not_alike_are_refused_by_a_compiled_call_too():
+    dense = MoeCase(5, 16, 12, 4, 2).tensors()
+    dense["down_proj"] = quantize_int4(dense["down_proj"], 16)
+    with pytest.raises(TypeError, match="quantised alike"):
+        torch.compile(lambda tensors: qllm_ops.moe(**tensors), backend="aot_eager")(dense)
 
 
 def test_bad_input_is_refused_when_the_graph_runs():
