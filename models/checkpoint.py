@@ -71,7 +71,7 @@ def load(
     1 MiB per thread that reads, or, where transformers' tables ask for more than stacking
     experts, the stored tensors of one tensor of the model.
 
-    Of a quantised checkpoint (FP8 in blocks; MXFP4; symmetric 4-bit groups of compressed-tensors), the
+    Of a quantised checkpoint (FP8 in blocks; MXFP4; 4-bit groups of compressed-tensors), the
     experts stay as they are stored, on any device, and all other weights are dequantised one by one.
     Activations keep their dtype, unless ``fp8_activations``. Other ways to quantise are left to
     transformers. A model with quantised experts cannot be saved.

@@ -273,7 +273,7 @@ def _warm_up(tensors: tuple[Weight, ...], options: dict[str, Any]) -> None:
 def _kind(value: Any) -> Any:
     """What a kernel is compiled for: a tensor's shape, and whether there is a function."""
     if isinstance(value, QuantizedWeight):
-        return (value.shape, value.format, value.block, value.scales.dtype)
+        return (value.shape, value.format, value.block, value.scales.dtype, value.zeros is None)
     if isinstance(value, Tensor):
         return (value.shape, value.dtype)
     return "function" if callable(value) and not isinstance(value, Activation) else value

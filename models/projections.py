@@ -37,14 +37,18 @@ class QuantizedProjection(nn.Module):
         self._weight = weight
         self.register_buffer("values", weight.values)
         self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
 
     @property
     def weight(self) -> QuantizedWeight:
         """What it holds. Described anew, which waits for the device, where the buffers are other ones."""
-        if not (self._weight.values is self.values and self._weight.scales is self.scales):
-            self._weight = QuantizedWeight(self.values, self.scales, self.format, self.block, self.columns)
-            self.scales = self._weight.scales
-        return self._weight
+        known = self._weight
+        if not (known.values is self.values and known.scales is self.scales and known.zeros is self.zeros):
+            known = self._weight = QuantizedWeight(
+                self.values, self.scales, self.format, self.block, self.columns, self.zeros
+            )
+            self.scales, self.zeros = known.scales, known.zeros
+        return known
 
     def extra_repr(self) -> str:
         return str(self._weight)

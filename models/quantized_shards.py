@@ -4,6 +4,7 @@
     fp8                     X (N, K) float8, X_scale_inv (N / 128, K / 128)                      fp8
     mxfp4                   X_blocks (E, N, K / 32, 16) uint8, X_scales (E, N, K / 32) uint8     mxfp4
     compressed-tensors      X_packed (N, K / 8) int32, X_scale (N, K / group), X_shape (2,)      int4
+                            and, with zero points, X_zero_point (N / 8, K / group) int32
 
 Each such weight takes the place of the dense tensor X that it stands for, so that transformers' tables, which
 know X, say where it goes.
@@ -36,7 +37,7 @@ class QuantizedTensor:
         shape: the dense tensor's, as the model has it.
         dtype: what it becomes where the model wants it dense and does not say as what.
         format, block: as of `QuantizedWeight`.
-        values, scales: where they are.
+        values, scales, zeros: where they are; ``zeros`` is None where there are no zero points.
         transposed: ``shape`` is (E, K, N), while the values lie as (E, N, K).
     """
 
@@ -47,6 +48,7 @@ class QuantizedTensor:
     block: tuple[int, int]
     values: StoredTensor
     scales: StoredTensor
+    zeros: StoredTensor | None = None
     transposed: bool = False
 
     @property
@@ -55,7 +57,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.scales.nbytes + (self.zeros.nbytes if self.zeros else 0)
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:
@@ -126,11 +128,12 @@ def _packed(
         base = name.removesuffix("_packed")
         values = left.pop(name)
         scales = _take(left, base + "_scale", values)
+        zeros = left.pop(base + "_zero_point", None)
         left.pop(base + "_shape", None)
-        for other in (base + "_zero_point", base + "_g_idx", base + "_global_scale"):
+        for other in (base + "_g_idx", base + "_global_scale"):
             if other in left:
                 raise CheckpointError(
-                    f"{left[other]}: only symmetric 4-bit groups in order are read, wanted no such tensor"
+                    f"{left[other]}: only 4-bit groups in order are read, wanted no such tensor"
                 )
         if len(values.shape) != 2 or values.code != "I32" or len(scales.shape) != 2:
             raise CheckpointError(
@@ -142,7 +145,12 @@ def _packed(
             raise CheckpointError(f"{values} has {bits} bits by config.json, wanted 4")
         rows, columns, groups = values.shape[0], 8 * values.shape[1], scales.shape[1]
         group = columns // groups if columns % groups == 0 else 0
-        yield QuantizedTensor(base, (rows, columns), dtype, "int4", (1, group), values, scales)
+        if zeros and (zeros.code != "I32" or zeros.shape != (-(-rows // 8), groups)):
+            raise CheckpointError(
+                f"{zeros} is {zeros.code} {list(zeros.shape)}, wanted I32 {[-(-rows // 8), groups]}, eight "
+                "rows in one"
+            )
+        yield QuantizedTensor(base, (rows, columns), dtype, "int4", (1, group), values, scales, zeros)
 
 
 def _take(left: dict[str, StoredTensor], name: str, beside: StoredTensor) -> StoredTensor:
@@ -178,15 +186,18 @@ class Assembly:
         self.slots: Slots = []
         for tensor in (tensor for tensors in sources for tensor in tensors):
             _check_alike(self.first, tensor)
-        rows = self.first.rows_and_columns[0]
-        if len(sources) > 1 and rows % self.first.block[0]:
+        rows, block = self.first.rows_and_columns[0], 8 if self.first.zeros else self.first.block[0]
+        if len(sources) > 1 and rows % block:
             raise CheckpointError(
-                f"{self.first}: blocks of {self.first.block[0]} rows do not divide its {rows} rows, so what "
-                "lies below one another would share blocks; this is not supported"
+                f"{self.first}: blocks of {block} rows do not divide its {rows} rows, so what lies below one "
+                "another would share blocks; this is not supported"
             )
-        values = [[tensor.values for tensor in tensors] for tensors in sources]
-        scales = [[tensor.scales for tensor in tensors] for tensors in sources]
+        values, scales, zeros = (
+            [[getattr(tensor, part) for tensor in tensors] for tensors in sources]
+            for part in ("values", "scales", "zeros")
+        )
         self._values, self._scales = self._allocate(values, device), self._allocate(scales, device)
+        self._zeros = self._allocate(zeros, device) if self.first.zeros else None
 
     def _allocate(self, sources: list[list[StoredTensor]], device: torch.device) -> torch.Tensor:
         first = sources[0][0]
@@ -207,10 +218,12 @@ class Assembly:
 
     def weight(self) -> QuantizedWeight:
         """Raises CheckpointError for numbers that are none."""
+        format, block = self.first.format, self.first.block
         columns = self.first.rows_and_columns[1]
-        values = self._values.view(torch.uint8) if self._values.dtype == torch.int32 else self._values
         try:
-            return QuantizedWeight(values, self._scales, self.first.format, self.first.block, columns)
+            if format == "int4":
+                return QuantizedWeight.from_compressed_tensors(self._values, self._scales, self._zeros)
+            return QuantizedWeight(self._values, self._scales, format, block, columns)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self.first}, or one that lies beside it: {error}") from error
 
@@ -227,6 +240,9 @@ def _check_alike(first: QuantizedTensor, other: QuantizedTensor) -> None:
             raise CheckpointError(
                 f"{other} has {what} {got}, but {first} beside it {wanted}; wanted them alike"
             )
+    if bool(first.zeros) != bool(other.zeros):
+        one, none = (first, other) if first.zeros else (other, first)
+        raise CheckpointError(f"{one} has zero points, but {none} beside it none; wanted them alike")
     if first.scales.shape != other.scales.shape or first.scales.code != other.scales.code:
         raise CheckpointError(
             f"{other.scales} is {other.scales.code} {list(other.scales.shape)}, but {first.scales} beside it "

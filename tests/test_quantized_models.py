@@ -228,13 +228,16 @@ def in_mxfp4(tensors):
     return {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}
 
 
-def in_int4(tensors, group=64):
+def in_int4(tensors, group=64, symmetric=True):
     for name in [n for n in tensors if ".experts." in n]:
-        weight = quantize_int4(tensors[name][None], group)
+        weight = quantize_int4(tensors[name][None], group, symmetric)
         shape = torch.tensor(tensors.pop(name).shape)
         tensors[name + "_packed"] = weight.values[0].view(torch.int32)
         tensors[name + "_scale"] = weight.scales[0].contiguous()
         tensors[name + "_shape"] = shape
+        if not symmetric:
+            eights = weight.zeros[0].int().unflatten(0, (-1, 8)) << 4 * torch.arange(8)[:, None]
+            tensors[name + "_zero_point"] = eights.sum(1, dtype=torch.int32)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
@@ -251,6 +254,7 @@ STORED = {
     "fp8, small blocks": (qwen3, functools.partial(in_fp8, block=(64, 32))),
     "mxfp4": (gpt_oss, in_mxfp4),
     "int4": (qwen3, in_int4),
+    "int4, zero points": (qwen3, functools.partial(in_int4, symmetric=False)),
     "int4, groups of 32": (mixtral, functools.partial(in_int4, group=32)),
 }
 
@@ -275,18 +279,19 @@ def change(folder, how):
 
 @pytest.fixture(params=STORED)
 def stored(request, tmp_path):
-    """A folder with a quantised checkpoint, the dense model it was made of, and its format."""
+    """A folder with a quantised checkpoint, the dense model it was made of, and its name in STORED."""
     make, quantise = STORED[request.param]
     model = make()
-    return save_quantized(tmp_path, model, quantise), model, request.param.partition(",")[0]
+    return save_quantized(tmp_path, model, quantise), model, request.param
 
 
 def test_experts_stay_as_they_are_stored(stored):
-    folder, dense, format = stored
+    folder, dense, name = stored
     model = load(folder)
     held = projections_of(model)
     assert len(held) == 2 * len(experts_of(dense))
-    assert {weight.format for weight in held.values()} == {format}
+    assert {weight.format for weight in held.values()} == {name.partition(",")[0]}
+    assert {weight.zeros is not None for weight in held.values()} == {"zero points" in name}
     assert model.dtype == torch.float32
     assert not hasattr(model.config, "quantization_config")
     # Everything else, dequantised, and the experts, as somebody else's sum of them says.
@@ -326,6 +331,15 @@ def test_stored_numbers_arrive_unchanged(name, tmp_path):
                 wanted = torch.cat([tensors[f"{stem}.{expert}.{part}{end}"] for part in parts])
                 wanted = wanted.view(torch.uint8) if wanted.dtype == torch.int32 else wanted
                 assert torch.equal(got[expert].float(), wanted.float()), (key, expert, end)
+
+
+def test_stored_zero_points_arrive_unchanged(tmp_path):
+    dense = qwen3()
+    save_quantized(tmp_path, dense, functools.partial(in_int4, symmetric=False))
+    for key, weight in projections_of(load(tmp_path)).items():
+        wanted = quantize_int4(dense.get_parameter(key), 64, symmetric=False)
+        for part in ("values", "scales", "zeros"):
+            assert torch.equal(getattr(weight, part).float(), getattr(wanted, part).float()), (key, part)
 
 
 def test_dtype_is_of_what_is_not_quantised(tmp_path):
@@ -451,12 +465,25 @@ def blocks_that_gate_and_up_would_share(tensors):
     return {"quant_method": "fp8", "weight_block_size": [48, 128]}
 
 
-@damage("int4", QUERY + "_zero_point", "symmetric")
-def zero_points(tensors):
+@damage("int4, zero points", GATE + "_zero_point", "[16, 3]", "wanted I32 [16, 4]")
+def too_few_zero_points(tensors):
+    tensors[GATE + "_zero_point"] = tensors[GATE + "_zero_point"][:, :3].clone()
+
+
+@damage(
+    "int4, zero points", "up_proj.weight_packed has zero points", "gate_proj.weight_packed beside it none"
+)
+def gates_without_zero_points(tensors):
+    for expert in range(4):
+        del tensors[f"{LAYER}{expert}.gate_proj.weight_zero_point"]
+
+
+@damage("int4", QUERY + "_g_idx", "in order")
+def columns_in_another_order(tensors):
     weight = quantize_int4(tensors.pop(QUERY)[None], 64)
     tensors[QUERY + "_packed"] = weight.values[0].view(torch.int32)
     tensors[QUERY + "_scale"] = weight.scales[0].contiguous()
-    tensors[QUERY + "_zero_point"] = torch.zeros(8, 4, dtype=torch.int32)
+    tensors[QUERY + "_g_idx"] = torch.zeros(256, dtype=torch.int32)
 
 
 @damage("int4", "{8} bits", "wanted 4")
