@@ -318,8 +318,9 @@ quantised weights cost there.""",
 `python perf/quantization_error.py`: normal weights, and weights of Student's t with 3 degrees of freedom
 (heavy-tailed), in bfloat16 before they are quantised; beside ours what published ways make of the same
 weights: transformers' `Fp8Quantize`, the OCP specification's scale of MXFP4 and the one that cuts nothing
-off, and compressed-tensors' symmetric integers (the last three by their formulas). The output is a layer's
-with both weights quantised against dense ones, in float32.""",
+off (both by their formulas), and compressed-tensors' symmetric integers, by the library, which rounds to
+bfloat16, and by its formula. The output is a layer's with both weights quantised against dense ones, in
+float32.""",
         quantization_error,
     ),
     "bench_engine": (

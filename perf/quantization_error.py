@@ -11,7 +11,9 @@ weights against the weights before, of 64 tokens of normal hidden states.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib.metadata
 import json
 import platform
 import shlex
@@ -64,8 +66,23 @@ def transformers_fp8(dense: Tensor) -> Tensor:
     return QuantizedWeight.from_fp8(values, scales).dequantize()
 
 
+def compressed_tensors(dense: Tensor, group_size: int) -> Tensor:
+    """compressed-tensors' symmetric integers, in the dtype of the weight, by the extremes of a group."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size)
+    experts = []
+    for expert in dense:
+        groups = expert.unflatten(1, (-1, group_size))
+        scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        experts.append(fake_quantize(expert, scales, zeros, args).float())
+    return torch.stack(experts)
+
+
 def symmetric_int4(dense: Tensor, group_size: int) -> Tensor:
-    """compressed-tensors' symmetric integers, -8 to 7, of the smallest and largest number that are seen."""
+    """The same by its formula: numbers of -8 to 7."""
     groups = dense.unflatten(2, (-1, group_size))
     scales = (groups.abs().amax(3, keepdim=True) / 7.5).float()
     return ((groups.float() / scales).round().clamp(-8, 7) * scales).flatten(2)
@@ -94,7 +111,10 @@ def int4(group_size: int) -> Format:
         f"int4, groups of {group_size}",
         lambda dense: quantize_int4(dense, group_size),
         4 + 16 / group_size,
-        {"compressed-tensors": lambda dense: symmetric_int4(dense, group_size)},
+        {
+            "its formula in float32": lambda dense: symmetric_int4(dense, group_size),
+            "compressed-tensors": lambda dense: compressed_tensors(dense, group_size),
+        },
     )
 
 
@@ -194,13 +214,10 @@ def parse() -> argparse.Namespace:
 
 
 def provenance(shape: Shape) -> dict:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    except ImportError:
-        pass
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "compressed-tensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "command": shlex.join(["python", "perf/quantization_error.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),

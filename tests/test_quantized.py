@@ -225,8 +225,10 @@ def test_the_error_is_no_larger_than_of_published_implementations(format, most, 
     dense = weights(kind)
     ours = error(QUANTIZERS[format](dense), dense)
     assert ours <= most[kind == HEAVY]
-    for theirs in quantization_error.FORMATS[format].published.values():
-        assert ours <= error(theirs(dense), dense) * (1 + 1e-6)
+    for name, theirs in quantization_error.FORMATS[format].published.items():
+        if name == "compressed-tensors":
+            pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+        assert ours <= error(theirs(dense), dense) * (1 + 1e-6), name
 
 
 @pytest.mark.parametrize("kind", [GAUSSIAN, HEAVY])
@@ -236,7 +238,8 @@ def test_the_measured_errors_are_those_of_the_formats(format, kind):
     shape = quantization_error.Shape("small", 256, 128, 2, 1)
     found = quantization_error.measure(shape, kind, format)
     assert found["bits"] == pytest.approx(format.bits, rel=0.03)
-    assert 0 < found["weights"] <= min(found["published"].values()) * (1 + 1e-6)
+    measured = [theirs for theirs in found["published"].values() if not isinstance(theirs, str)]
+    assert 0 < found["weights"] <= min(measured) * (1 + 1e-6)
     assert found["weights"] < found["output"] < 3 * found["weights"]
 
 
