@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
+from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from qllm_ops import QuantizedWeight, moe, quantize_fp8, quantize_int4, quantize_mxfp4
@@ -239,8 +240,13 @@ def in_int4(tensors, group=64, symmetric=True):
             eights = weight.zeros[0].int().unflatten(0, (-1, 8)) << 4 * torch.arange(8)[:, None]
             tensors[name + "_zero_point"] = eights.sum(1, dtype=torch.int32)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
+    }
 
 
 def mixtral():
@@ -309,6 +315,23 @@ def test_experts_stay_as_they_are_stored(stored):
     assert difference < 0.5
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8, scales of 16 bits", "mxfp4", "int4"])
+def test_dequantised_they_are_what_transformers_makes_of_them(name, tmp_path, monkeypatch):
+    """It dequantises all of them on a CPU, and asks for a package that it does not need for that."""
+    if name == "int4":
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    for quantizer in (quantizer_finegrained_fp8, quantizer_mxfp4):
+        monkeypatch.setattr(quantizer, "is_accelerate_available", lambda: True)
+    make, quantise = STORED[name]
+    save_quantized(tmp_path, make(), quantise)
+    ours = load(tmp_path, install=False, dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wanted = dict(theirs.named_parameters())
+    assert wanted.keys() == dict(ours.named_parameters()).keys()
+    for key, parameter in ours.named_parameters():
+        assert torch.equal(parameter, wanted[key]), key
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "int4"])
