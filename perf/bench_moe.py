@@ -297,6 +297,8 @@ def case_line(case: dict[str, Any]) -> str:
     against = f"{best[1]['p50']:.2f}x of {best[0]}" if best else "no peer"
     dense = case.get("times_faster_than_dense")
     against += f", {dense['p50']:.2f}x of {DENSE}" if dense else ""
+    rounded = case.get("fp8_activations_faster")
+    against += f", {rounded['p50']:.2f}x faster with float8 activations" if rounded else ""
     return f"{name_of(case)}: {case['graph_us']['qllm']['p50']:.1f} us, {against}"
 
 

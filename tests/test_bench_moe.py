@@ -469,6 +469,18 @@ def test_only_peers_of_fp8_may_round_their_activations(tiny, format, off, compar
     assert row["times_faster_than_dense"]["n"] >= 7
 
 
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("fp8", torch.bfloat16), ("fp8", torch.float32), ("int4", torch.bfloat16)]
+)
+def test_float8_activations_are_timed_where_they_can_be(format, dtype):
+    dense = layers.weights(TINY, dtype, CPU)
+    inputs = [layers.with_weights(layers.layer_inputs(TINY, 9, dense), layers.quantized(dense, format))]
+    row = {"shape": "tiny", "tokens": 9, "peers": {}}
+    check_speed.compare(context(), row, inputs, {}, 0.0)
+    assert ("fp8_activations_faster" in row) == ((format, dtype) == ("fp8", torch.bfloat16))
+    assert row["ratio"] == {}
+
+
 def test_what_widening_costs_is_measured_against_dense_weights(monkeypatch, capsys):
     monkeypatch.setattr(bench_torch_moe, "SHAPES", [(32, 48, 4, 2)])
     monkeypatch.setattr(bench_torch_moe, "TOKENS", [3])
