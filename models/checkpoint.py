@@ -41,8 +41,7 @@ from qllm_ops import PriorityFlag, QuantizedWeight
 from .experts import ExpertsLayout
 from .install import find_experts
 from .install import install as install_experts
-from .projections import QuantizedProjection
-from .quantize import check_format, check_quantizable, quantize_experts, quantize_stored, refuse_to_save
+from .quantize import check_format, check_quantizable, hold, quantize_experts, quantize_stored
 from .quantized_shards import METHODS, Assembly, QuantizedTensor, gather
 from .reader import Reader
 from .shards import CheckpointError, StoredTensor, check_safetensors, split_at_expert, stored_tensors
@@ -72,7 +71,8 @@ def load(
     experts, the stored tensors of one tensor of the model.
 
     Of a quantised checkpoint (FP8 in blocks; MXFP4; 4-bit groups of compressed-tensors), the
-    experts stay as they are stored, on any device, and all other weights are dequantised one by one.
+    experts stay as they are stored, on any device, and all other weights are dequantised one by one; so are
+    experts that transformers' tables do more to than stacking, and those of classes that `install` fuses.
     Activations keep their dtype, unless ``fp8_activations``. Other ways to quantise are left to
     transformers. A model with quantised experts cannot be saved.
 
@@ -467,7 +467,8 @@ class _Filling:
                 one_by_one.append(target)
             else:
                 straight += target.slots(self._memory(target.name))
-        with Reader(self._bytes(targets), self.device, progress) as reader:
+        nbytes = sum(tensor.nbytes for target in targets for tensor in target.stored)
+        with Reader(nbytes, self.device, progress) as reader:
             reader.read(straight)
             for name, assembly in assemblies.items():
                 self._hold(name, assembly.weight())
@@ -516,16 +517,8 @@ class _Filling:
         return value
 
     def _hold(self, name: str, weight: QuantizedWeight) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        self.full.pop(id(self.empty[name]), None)
-        delattr(module, leaf)
-        setattr(module, leaf, QuantizedProjection(weight))
-        self.model.save_pretrained = refuse_to_save
-
-    @staticmethod
-    def _bytes(targets: list[_Target]) -> int:
-        return sum(tensor.nbytes for target in targets for tensor in target.stored)
+        self.full.pop(id(self.empty[name]), None)  # what it was made of
+        hold(self.model, name, weight)
 
     def _put_in_place(self) -> None:
         full = self.full

@@ -34,11 +34,17 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
         check_quantizable(type(module).__name__, layout)
         if any(isinstance(weight, QuantizedWeight) for weight in layout.weights(module)):
             raise ValueError(f"{name} is quantised already: {layout.weights(module)[1]}")
-    for _, module, layout in experts:
-        for name in (layout.first, "down_proj"):
-            weight = quantize_stored(getattr(module, name), layout, format)
-            delattr(module, name)
-            setattr(module, name, QuantizedProjection(weight))
+    for name, module, layout in experts:
+        for leaf in (layout.first, "down_proj"):
+            hold(model, f"{name}.{leaf}", quantize_stored(getattr(module, leaf), layout, format))
+
+
+def hold(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> None:
+    """Put the weight in the place of the parameter of that name."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    delattr(module, leaf)
+    setattr(module, leaf, QuantizedProjection(weight))
     model.save_pretrained = refuse_to_save
 
 
