@@ -178,10 +178,8 @@ def experts_forward(
         UnsupportedExpertsError: the module's layout is not one that `moe` computes.
     """
     if torch.compiler.is_compiling() and getattr(module, HANDLE, None) is not None:
-        with torch.no_grad():
-            return torch.ops.qllm_ops.experts(
-                hidden_states, top_k_index, top_k_weights, getattr(module, HANDLE).number
-            )
+        number = getattr(module, HANDLE).number
+        return torch.ops.qllm_ops.experts(hidden_states.detach(), top_k_index, top_k_weights.detach(), number)
     return uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
 
 

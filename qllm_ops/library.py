@@ -136,10 +136,12 @@ def traced(
     else:
         scales, format, lists = (None,) * 4, None, ([], [], [], [])
     number = NO_FLAG if flag is None else flag.number
-    with torch.no_grad():  # as without a compiler, no gradient is recorded
-        return torch.ops.qllm_ops.moe(
-            *tensors, *scales, *biases, format, *lists, *act, *layout, *tiles, number, priority, backend
-        )
+    # As without a compiler, no gradient is recorded. Not by no_grad: an operator that raises inside of a
+    # compiled one leaves gradients off for the whole thread.
+    tensors, biases = ([x if x is None else x.detach() for x in some] for some in (tensors, biases))
+    return torch.ops.qllm_ops.moe(
+        *tensors, *scales, *biases, format, *lists, *act, *layout, *tiles, number, priority, backend
+    )
 
 
 @moe_op.register_fake

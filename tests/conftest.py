@@ -21,6 +21,15 @@ settings.register_profile("thorough", max_examples=500, **_unhurried)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """What one test leaves off would make another one fail."""
+    yield
+    on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert on, "gradients are off after this test"
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -399,3 +399,4 @@ def test_a_compiler_does_not_lose_the_switch():
     dense = MoeCase(5, 16, 16, 2, 1, torch.bfloat16).tensors()
     with pytest.raises(TypeError, match="gate_up_proj must be quantised"):
         torch.compile(lambda: moe(**dense, fp8_activations=True), backend="eager")()
+    assert torch.is_grad_enabled()  # which a context manager inside of the compiled call would have left off
