@@ -90,6 +90,11 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | QuantizedWeight:
     return weight
 
 
+def one_block(rows: int, columns: int) -> tuple[int, int]:
+    """The block of rows that share one scale; columns as a power of two, which `QuantizedWeight` wants."""
+    return rows, 1 << max(4, (columns - 1).bit_length())
+
+
 def _of_fp8_experts(values: Tensor, scales: Tensor, block: tuple[int, int] | None) -> QuantizedWeight:
     if values.dtype == torch.int8:  # expert_dtype "fp4": two numbers a byte, a power of two for every 32
         if scales.dtype != torch.float8_e8m0fnu:
@@ -97,6 +102,5 @@ def _of_fp8_experts(values: Tensor, scales: Tensor, block: tuple[int, int] | Non
         columns = 2 * values.shape[2]
         return QuantizedWeight(values.view(torch.uint8), scales.view(torch.uint8), "mxfp4", (1, 32), columns)
     if block is None:  # one scale for all of an expert, or for its gate and for its up
-        columns = 1 << max(4, (values.shape[2] - 1).bit_length())
-        block = (-(-values.shape[1] // scales.shape[1]), columns)
+        block = one_block(-(-values.shape[1] // scales.shape[1]), values.shape[2])
     return QuantizedWeight.from_fp8(values, scales, tuple(block))

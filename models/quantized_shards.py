@@ -20,6 +20,7 @@ import torch
 
 from qllm_ops import QuantizedWeight
 
+from .projections import one_block
 from .shards import CheckpointError, StoredTensor
 
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
@@ -103,7 +104,7 @@ def _fp8(
     for name in [name for name in left if name.endswith("_scale_inv")]:
         scales = left.pop(name)
         values = _take(left, name.removesuffix("_scale_inv"), scales)
-        block = quantization.get("weight_block_size") or _one_block(values.shape)
+        block = quantization.get("weight_block_size") or one_block(*values.shape[-2:])
         yield QuantizedTensor(values.name, values.shape, dtype, "fp8", tuple(block), values, scales)
 
 
@@ -157,11 +158,6 @@ def _take(left: dict[str, StoredTensor], name: str, beside: StoredTensor) -> Sto
     if name not in left:
         raise CheckpointError(f"{beside} belongs to a tensor {name}, which is in no file")
     return left.pop(name)
-
-
-def _one_block(shape: tuple[int, ...]) -> tuple[int, int]:
-    """All of a weight that has one scale; columns as a power of two, which `QuantizedWeight` wants."""
-    return shape[-2], 1 << max(4, (shape[-1] - 1).bit_length())
 
 
 # -- reading them ----------------------------------------------------------------------------------------

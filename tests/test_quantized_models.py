@@ -221,6 +221,15 @@ def in_fp8(tensors, block=(128, 128), scale_dtype=torch.float32):
     return {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
 
 
+def in_fp8_of_one_scale(tensors):
+    for name in [n for n in tensors if n.endswith("proj.weight")]:
+        rows, columns = tensors[name].shape
+        weight = quantize_fp8(tensors[name][None], (rows, 256))
+        assert columns <= 256
+        tensors[name], tensors[name + "_scale_inv"] = weight.values[0], weight.scales[0, 0, 0].clone()
+    return {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "dynamic"}
+
+
 def in_mxfp4(tensors):
     for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
         weight = quantize_mxfp4(tensors.pop(name).mT)
@@ -257,6 +266,7 @@ STORED = {
     "fp8": (qwen3, in_fp8),
     "fp8, scales of 16 bits": (qwen3, functools.partial(in_fp8, scale_dtype=torch.bfloat16)),
     "fp8, exponents as scales": (qwen3, functools.partial(in_fp8, scale_dtype=torch.float8_e8m0fnu)),
+    "fp8, one scale": (qwen3, in_fp8_of_one_scale),
     "fp8, small blocks": (qwen3, functools.partial(in_fp8, block=(64, 32))),
     "mxfp4": (gpt_oss, in_mxfp4),
     "int4": (qwen3, in_int4),
