@@ -5,7 +5,7 @@ transformers says what the model is, and we read the bytes:
 1. its tables of conversions say which stored tensors make up which tensor of the model (`_plan`);
 2. its own `from_pretrained` runs on the headers alone, on tensors without memory (`_without_weights`):
    so dtypes, buffers, tied weights and what may be missing are its rules, not a copy of them;
-3. then each tensor of the model is allocated on its device and filled (`_fill`). An expert goes into
+3. then each tensor of the model is allocated on its device and filled (`_Filling`). An expert goes into
    its slice of the fused tensor, so nothing is stacked or concatenated, and nothing is kept beside.
 
 Quantised weights take part as the dense tensors that they stand for (`quantized_shards`); those of experts

@@ -18,7 +18,7 @@ SCALES = "_scale_inv"
 """What transformers adds to the name of an FP8 weight for that of its scales."""
 
 UNUSED = "_activation_scale"
-"""Of FP8 models whose activations have a fixed scale: `moe` keeps activations in 16 bits."""
+"""Of FP8 models whose activations have a fixed scale, which `moe` does not use."""
 
 
 INSTALL = "quantised experts are computed by qllm-ops alone: call qllm_ops.models.install(model)"

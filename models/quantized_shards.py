@@ -100,7 +100,7 @@ def _fp8(
     left: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[QuantizedTensor]:
     for name in [name for name in left if name.endswith("activation_scale")]:
-        del left[name]  # of activations in 8 bits; here they have 16
+        del left[name]  # fixed ones, which `moe` does not use
     for name in [name for name in left if name.endswith("_scale_inv")]:
         scales = left.pop(name)
         values = _take(left, name.removesuffix("_scale_inv"), scales)
@@ -125,6 +125,8 @@ def _mxfp4(
 def _packed(
     left: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[QuantizedTensor]:
+    groups = quantization.get("config_groups") or {}
+    bits = {(group.get("weights") or {}).get("num_bits") for group in groups.values()}
     for name in [name for name in left if name.endswith("_packed")]:
         base = name.removesuffix("_packed")
         values = left.pop(name)
@@ -141,9 +143,8 @@ def _packed(
                 f"{values} is {values.code} {list(values.shape)} with scales {list(scales.shape)}, "
                 "wanted I32 [N, K / 8] and [N, K / group]"
             )
-        bits = {group["weights"]["num_bits"] for group in quantization["config_groups"].values()}
         if bits != {4}:
-            raise CheckpointError(f"{values} has {bits} bits by config.json, wanted 4")
+            raise CheckpointError(f"{values} has {bits or 'no'} bits by config.json, wanted 4")
         rows, columns, groups = values.shape[0], 8 * values.shape[1], scales.shape[1]
         group = columns // groups if columns % groups == 0 else 0
         if zeros and (zeros.code != "I32" or zeros.shape != (-(-rows // 8), groups)):

@@ -48,12 +48,12 @@ ROW_GROUP = 128
 """Columns of activations that share a scale: those that DeepSeek-V3 was trained with, and few enough for what
 the matrix units of an H100 add up in less than float32."""
 
-INT4_SPANS = (15.0, 16.0, 17.25, 18.75)
-"""The same for the span from a group's least number to its largest, 0 included, which has 15 steps."""
-
 INT4_DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.75, 9.5)
 """Steps that the largest number of a group may be taken as; the one with the least squared error is. The
 range ends at 7 and -8: beyond that the largest numbers are cut off, and all the others get finer steps."""
+
+INT4_SPANS = (15.0, 16.0, 17.25, 18.75)
+"""The same for the span from a group's least number to its largest, 0 included, which has 15 steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +97,8 @@ class QuantizedWeight:
         object.__setattr__(self, "scales", _with_whole_words(self.scales))
         if self.zeros is not None:
             object.__setattr__(self, "zeros", _with_whole_words(self.zeros))
-        largest = (LARGEST[self.format] if self.zeros is None else 15.0) * self._wide_scales(
-            self.scales
-        ).max().item()
+        largest = LARGEST[self.format] if self.zeros is None else 15.0
+        largest *= self._wide_scales(self.scales).max().item()
         object.__setattr__(self, "largest", largest)
 
     @classmethod
@@ -386,8 +385,9 @@ def quantize_mxfp4(weight: Tensor) -> QuantizedWeight:
 def quantize_int4(weight: Tensor, group_size: int = 128, symmetric: bool = True) -> QuantizedWeight:
     """Quantise (E, N, K) of any floating-point dtype to integers of 4 bits, a 16-bit scale for each group.
 
-    The scale is the one of INT4_DIVISORS with the least squared error; in the weight's dtype if that has 16
-    bits, else bfloat16. One expert at a time. Raises as :func:`quantize_fp8`.
+    The scale is the one of INT4_DIVISORS, and without symmetry of INT4_SPANS too, with the least squared
+    error; in the weight's dtype if that has 16 bits, else bfloat16. One expert at a time. Raises as
+    :func:`quantize_fp8`.
 
     Args:
         group_size: numbers of a row that share a scale: a power of two, at least 16. It need not divide K.
@@ -437,8 +437,8 @@ def _by_expert(
         raise TypeError(f"weight must be a dense floating-point tensor, got {got}")
     if weight.dim() != 3 or weight.numel() == 0:
         raise ValueError(f"weight must be (E, N, K), none of them 0, got shape {tuple(weight.shape)}")
-    piece = PIECE if weight.device.type == "cpu" else weight[0].numel()
-    rows = max(1, piece // weight.shape[2] // block[0]) * block[0]
+    at_once = PIECE if weight.device.type == "cpu" else weight[0].numel()
+    rows = max(1, at_once // weight.shape[2] // block[0]) * block[0]
     with torch.no_grad():
         for number, expert in enumerate(weight):
             if not expert.isfinite().all():

@@ -1,215 +1,28 @@
-"""Models with quantised experts: made of dense ones, loaded as stored, or as transformers has them."""
+"""Quantised checkpoints: the experts stay as they are stored, and damage is named."""
 
-import copy
 import functools
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
-from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
-from transformers.utils.quantization_config import FineGrainedFP8Config
-
-from qllm_ops import QuantizedWeight, moe, quantize_fp8, quantize_int4, quantize_mxfp4
-from qllm_ops.models import (
-    CheckpointError,
-    UnsupportedExpertsError,
-    install,
-    load,
-    make_preset,
-    quantize_experts,
-    uninstall,
-    warming_up,
+from quantized_models import (
+    IDS,
+    assert_same_logits,
+    dense_model,
+    experts_of,
+    gpt_oss,
+    logits,
+    mixtral,
+    projections_of,
+    qwen3,
 )
-from qllm_ops.models.install import installed
-from qllm_ops.models.projections import QuantizedProjection
-from qllm_ops.quantized import FORMATS, QUANTIZERS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 
-IDS = torch.arange(20).reshape(2, 10)
-DENSE = ("tiny", "tiny-qwen3-moe", "tiny-deepseek-v3", "gpt_oss", "nemotron_h")
-SIZES = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16, "pad_token_id": None}
-
-
-def small(model_type, **sizes):
-    """Seeded; of sizes that blocks of 128 x 128 divide, attention excepted."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-    config = AutoConfig.for_model(model_type, **SIZES, **heads, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-def qwen3():
-    return small("qwen3_moe", num_experts=4, moe_intermediate_size=128)
-
-
-def gpt_oss():
-    return small("gpt_oss", num_local_experts=4, intermediate_size=96)
-
-
-def dense_model(name):
-    return make_preset(name) if name.startswith("tiny") else tiny_model(name)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-def assert_same_logits(got, wanted, tolerance=1e-5):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * wanted.abs().max())
-
-
-def experts_of(model):
-    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
-
-
-def projections_of(model):
-    """The held weights by name."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedProjection)}
-    return {name: module.weight for name, module in found.items()}
-
-
-def put_dense(model, weights):
-    """Give a dense model, under the same names, what quantised weights stand for."""
-    for name, weight in weights.items():
-        dense = weight.dequantize()
-        parameter = model.get_parameter(name)
-        parameter.data.copy_(dense if parameter.shape == dense.shape else dense.mT)
-
-
-# -- from dense ones -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", DENSE)
-def test_experts_are_quantised_and_nothing_else(name, format):
-    dense, model = dense_model(name), dense_model(name)
-    quantize_experts(model, format)
-    held = projections_of(model)
-    assert {weight.format for weight in held.values()} == {format}
-    others = dict(model.named_parameters())
-    assert not held.keys() & others.keys()
-    assert held.keys() | others.keys() == dict(dense.named_parameters()).keys()
-    for key, parameter in others.items():
-        assert torch.equal(parameter, dense.get_parameter(key)), key
-    for key, weight in held.items():
-        wanted = dense.get_parameter(key)
-        wanted = wanted if wanted.shape == weight.shape else wanted.mT
-        assert torch.equal(weight.dequantize(), QUANTIZERS[format](wanted).dequantize()), key
-
-    report = install(model)
-    assert {m.format for m in report.modules} == {format}
-    assert f"{format}, float32 activations" in str(report)
-    put_dense(dense, held)
-    assert_same_logits(logits(model), logits(dense))
-
-
-def test_installed_before_or_after():
-    first, then = make_preset("tiny"), make_preset("tiny")
-    install(first)
-    quantize_experts(first, "int4")
-    quantize_experts(then, "int4")
-    install(then)
-    assert torch.equal(logits(first), logits(then))
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_another_dtype_leaves_the_quantised_weights_as_they_are(format):
-    model = make_preset("tiny-qwen3-moe")
-    quantize_experts(model, format)
-    install(model)
-    before = {name: (w.values.clone(), w.scales.clone()) for name, w in projections_of(model).items()}
-    model.bfloat16()
-    assert model.dtype == torch.bfloat16
-    for name, weight in projections_of(model).items():
-        values, scales = before[name]
-        assert weight.values.dtype == values.dtype
-        assert torch.equal(weight.values.view(torch.uint8), values.view(torch.uint8))
-        assert torch.equal(weight.scales, scales)
-    assert logits(model).dtype == torch.bfloat16
-
-
-def test_moved_buffers_are_described_anew():
-    model = make_preset("tiny")
-    quantize_experts(model, "int4")
-    install(model)
-    wanted = logits(model)
-    for module in model.modules():
-        if isinstance(module, QuantizedProjection):
-            module._apply(torch.clone)
-            assert module.weight.values is module.values
-    assert torch.equal(logits(model), wanted)
-
-
-def test_a_copy_computes_the_same():
-    model = make_preset("tiny")
-    quantize_experts(model, "mxfp4")
-    install(model)
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
-
-
-def test_state_dict_restores_the_weights():
-    model, other = make_preset("tiny"), make_preset("tiny", seed=1)
-    for each in (model, other):
-        quantize_experts(each, "int4")
-        install(each)
-    assert not torch.equal(logits(model), logits(other))
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(model), logits(other))
-
-
-def test_only_ours_computes_them_and_nobody_saves_them(tmp_path):
-    model = make_preset("tiny")
-    quantize_experts(model, "int4")
-    for implementation, error in (("eager", TypeError), ("grouped_mm", AttributeError)):
-        model.set_experts_implementation(implementation)
-        with pytest.raises(error, match=r"qllm_ops.models.install\(model\)"):
-            logits(model)
-    with pytest.raises(NotImplementedError, match="quantised cannot be saved"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_warming_up_knows_quantised_weights():
-    model = make_preset("tiny")
-    quantize_experts(model, "int4")
-    install(model)
-    wanted = logits(model)
-    with warming_up(None):
-        assert torch.equal(logits(model), wanted)
-
-
-def test_what_cannot_be_quantised():
-    with pytest.raises(ValueError, match=r"format must be one of fp8, mxfp4, int4, got 'int3'"):
-        quantize_experts(make_preset("tiny"), "int3")
-    with pytest.raises(ValueError, match="no MoE experts"):
-        quantize_experts(tiny_model("llama"), "int4")
-    model = make_preset("tiny")
-    quantize_experts(model, "int4")
-    with pytest.raises(ValueError, match=r"experts is quantised already: int4"):
-        quantize_experts(model, "fp8")
-
-
-def test_experts_that_were_fused_are_refused_and_stay():
-    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
-    heads = {"kv_n_heads": 2, "rope_theta": 1e4}
-    config = AutoConfig.for_model(
-        "dbrx", d_model=64, n_heads=4, n_layers=1, vocab_size=64, ffn_config=experts, attn_config=heads
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(UnsupportedExpertsError, match="DbrxExperts cannot be quantised"):
-        quantize_experts(model, "int4")
-    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
-
-
-# -- as they are stored ----------------------------------------------------------------------------------
+from qllm_ops import quantize_fp8, quantize_int4, quantize_mxfp4
+from qllm_ops.models import CheckpointError, install, load, make_preset, quantize_experts
+from qllm_ops.quantized import FORMATS
 
 
 def in_fp8(tensors, block=(128, 128), scale_dtype=torch.float32):
@@ -256,10 +69,6 @@ def in_int4(tensors, group=64, symmetric=True):
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"],
     }
-
-
-def mixtral():
-    return small("mixtral", num_local_experts=4, intermediate_size=96)
 
 
 STORED = {
@@ -525,6 +334,11 @@ def eight_bits(tensors):
     return {"quant_method": "compressed-tensors", "config_groups": groups}
 
 
+@damage("int4", "has no bits by config.json", "wanted 4")
+def a_config_that_does_not_say(tensors):
+    return {"quant_method": "compressed-tensors"}
+
+
 @damage("int4", GATE, "block", "wanted them alike")
 def a_group_that_does_not_divide(tensors):
     tensors[GATE + "_scale"] = tensors[GATE + "_scale"][:, :3].clone()
@@ -587,121 +401,3 @@ def test_quantize_is_refused_where_it_cannot_be(tmp_path):
         load(tmp_path / "dense", quantize="int2")
     with pytest.raises(ValueError, match=r"quantize needs install=True"):
         load(tmp_path / "dense", quantize="int4", install=False)
-
-
-# -- as transformers has them ----------------------------------------------------------------------------
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "gate"]
-"""Left in 16 bits, because transformers multiplies float8 only on GPUs."""
-
-
-def with_fp8_experts(model, **options):
-    """A copy whose experts are transformers' `FP8Experts`, and the model itself with what they stand for."""
-    config = FineGrainedFP8Config(**options)
-    quantised = copy.deepcopy(model)
-    replace_with_fp8_linear(quantised, LINEAR, config)
-    quantizer = Fp8Quantize(SimpleNamespace(quantization_config=config))
-    for name, module in experts_of(quantised).items():
-        for leaf in ("gate_up_proj", "down_proj"):
-            dense = model.get_parameter(f"{name}.{leaf}")
-            values, scales = quantizer._quantize_one(leaf, dense.data).values()
-            if config.weight_block_size is None:  # where theirs is a scale for gate and for up
-                scales = scales.view(-1, 1, 1).expand(getattr(module, leaf + "_scale_inv").shape).clone()
-            setattr(module, leaf, nn.Parameter(values, requires_grad=False))
-            setattr(module, leaf + "_scale_inv", nn.Parameter(scales, requires_grad=False))
-            rows = -(-values.shape[1] // scales.shape[1])
-            block = config.weight_block_size or (rows, 256)
-            dense.data.copy_(QuantizedWeight.from_fp8(values, scales, tuple(block)).dequantize())
-    return quantised, model
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"scale_fmt": "ue8m0"}, {"weight_block_size": (64, 64)}, {"weight_block_size": None}],
-    ids=str,
-)  # fmt: skip
-def test_fp8_experts_of_transformers(options):
-    quantised, dense = with_fp8_experts(qwen3(), **options)
-    report = install(quantised)
-    assert {(m.class_name, m.format) for m in report.modules} == {("FP8Experts", "fp8")}
-    assert_same_logits(logits(quantised), logits(dense))
-    assert uninstall(quantised)
-    assert quantised.config._experts_implementation != "qllm"
-
-
-def test_moved_fp8_experts_are_described_anew():
-    quantised, _ = with_fp8_experts(qwen3())
-    install(quantised)
-    wanted = logits(quantised)
-    for module in experts_of(quantised).values():
-        for parameter in module.parameters():
-            parameter.data = parameter.data.clone()
-            if parameter.dtype == torch.float8_e4m3fn:
-                stale = parameter
-    assert torch.equal(logits(quantised), wanted)
-    stale.data = torch.zeros_like(stale.data)
-    assert not torch.equal(logits(quantised), wanted)
-
-
-def test_fp8_experts_with_a_clamp():
-    """The class builds its own gating from the config, whatever the model's was."""
-    model = qwen3()
-    model.config.swiglu_limit = 7.0
-    quantised, _ = with_fp8_experts(model)
-    assert "silu(limit=7)" in str(install(quantised))
-
-
-def test_float8_activations_are_those_of_moe():
-    quantised, _ = with_fp8_experts(qwen3().bfloat16())
-    install(quantised)
-    plain = logits(quantised)
-    report = install(quantised, fp8_activations=True)
-    assert "fp8, float8 activations" in str(report)
-    name, module = next(iter(experts_of(quantised).items()))
-    draw = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(6, 256, generator=draw).bfloat16()
-    index = torch.arange(12).view(6, 2) % 4
-    weights = torch.full((6, 2), 0.5).bfloat16()
-    pair = [
-        QuantizedWeight.from_fp8(
-            getattr(module, leaf).detach(), getattr(module, leaf + "_scale_inv").detach()
-        )
-        for leaf in ("gate_up_proj", "down_proj")
-    ]
-    expected = moe(hidden_states, *pair, index, weights, fp8_activations=True)
-    with torch.no_grad():
-        assert torch.equal(module(hidden_states, index, weights), expected), name
-    difference = (logits(quantised) - plain).norm() / plain.norm()
-    assert 0.005 < difference < 0.2
-    chosen = logits(quantised)
-    with installed(quantised):  # as the engine does
-        assert torch.equal(logits(quantised), chosen)
-    assert torch.equal(logits(quantised), chosen)
-
-
-def test_float8_activations_are_refused_by_module():
-    with pytest.raises(TypeError, match=r"layers.0.mlp.experts: gate_up_proj must be quantised to fp8"):
-        install(make_preset("tiny"), fp8_activations=True)
-    model, _ = with_fp8_experts(qwen3())
-    with pytest.raises(TypeError, match=r"experts: hidden_states must be bfloat16 or float16"):
-        install(model, fp8_activations=True)
-
-
-def test_mxfp4_experts_of_transformers_are_sent_to_load():
-    model = gpt_oss()
-
-    class Mxfp4GptOssExperts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(4))
-
-    for layer in model.model.layers:
-        layer.mlp.experts = Mxfp4GptOssExperts()
-    with pytest.raises(UnsupportedExpertsError, match=r"Mxfp4GptOssExperts: .*qllm_ops.models.load"):
-        install(model)
-
-
-def test_what_bitsandbytes_leaves_is_said():
-    model = make_preset("tiny", dtype=torch.bfloat16)
-    model.quantization_method = "bitsandbytes"
-    assert "note: bitsandbytes left these experts in 16 bits" in str(install(model))
-    assert "note:" not in str(install(make_preset("tiny")))
