@@ -97,9 +97,8 @@ class QuantizedWeight:
         object.__setattr__(self, "scales", _with_whole_words(self.scales))
         if self.zeros is not None:
             object.__setattr__(self, "zeros", _with_whole_words(self.zeros))
-        largest = LARGEST[self.format] if self.zeros is None else 15.0
-        largest *= self._wide_scales(self.scales).max().item()
-        object.__setattr__(self, "largest", largest)
+        largest_scale = self._wide_scales(self.scales).max().item()
+        object.__setattr__(self, "largest", self._largest_value * largest_scale)
 
     @classmethod
     def checked(
@@ -172,6 +171,14 @@ class QuantizedWeight:
     @property
     def device(self) -> torch.device:
         return self.values.device
+
+    @property
+    def largest_scale(self) -> float:
+        return self.largest / self._largest_value
+
+    @property
+    def _largest_value(self) -> float:
+        return LARGEST[self.format] if self.zeros is None else 15.0
 
     @property
     def nbytes(self) -> int:

@@ -292,14 +292,16 @@ def within_exit(
 ) -> TileConfig:  # fmt: skip
     """``config`` with narrower tiles, in down shorter sums, and an exit inside of what is still too long."""
     sides = 2 if phase == "gate_up" else 1
+    least_rows = MIN_WEIGHT_ROWS[config.block_m]
+    if weights not in (None, W8A8) and config.block_m < 64 and dtype.itemsize == 2:
+        least_rows = 16 * config.num_warps  # Each widens 16 for itself; of fewer, some warps the same.
     while (
         tile_us(phase, config, k, dtype, arch, read_once, weights) > max_exit_us
-        and config.block_n * sides // 2 >= MIN_WEIGHT_ROWS[config.block_m]
+        and config.block_n * sides // 2 >= least_rows
     ):
         config = replace(config, block_n=config.block_n // 2)
-        if config.block_m == 16 and arch != "gfx942" and weights != W8A8:  # Keep the bytes on their way.
-            longer = {"block_k": config.block_k * 2} if weights is None else {"num_stages": 8}
-            config = replace(config, **longer)
+        if config.block_m == 16 and arch != "gfx942" and weights is None:  # Keep the bytes on their way.
+            config = replace(config, block_k=config.block_k * 2)
     if phase == "down":
         # A part must stay long enough for its loads to get into step: four turns of the inner loop.
         us = tile_us(phase, config, k, dtype, arch, read_once, weights)
@@ -363,11 +365,16 @@ def shared_bytes(phase: str, config: TileConfig, dtype: torch.dtype, weights: st
     stage = activations * dtype.itemsize + rows * config.block_k * weight_bytes(dtype, weights)
     if weights is None:
         return int(stage * config.num_stages)
-    stage += 4 * rows  # A row's scales come in words of 4 bytes.
+    # A row's scales come in words of 4 bytes. In int4 they may be float32, and have zero points beside them.
+    stage += (24 if weights == "int4" else 4) * rows
     if weights == W8A8:  # Activations are read a stage ahead of the products, and written again in float8.
         return int(stage * config.num_stages - activations * dtype.itemsize + activations)
+    widened = rows * config.block_k * dtype.itemsize
+    if config.block_m < 64 and dtype.itemsize == 2:
+        # In the registers that the products read; on AMD by way of shared memory, of which little is staged.
+        return int(max(stage * config.num_stages, activations * dtype.itemsize + widened))
     # What is widened goes through shared memory once more.
-    return int(stage * config.num_stages + rows * config.block_k * dtype.itemsize)
+    return int(stage * config.num_stages + widened)
 
 
 def _programs_that_fit(

@@ -16,6 +16,7 @@ from qllm_ops.activation import Activation
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
+from qllm_ops.kernels.by_two import by_two
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import (
     TileConfig,
@@ -413,6 +414,7 @@ class TritonMoe:
                 "FORMAT": self.inputs.product_format,
                 "GROUP_N": weight.block[0],
                 "GROUP_K": weight.block[1],
+                "BY_TWO": self._by_two(weight),
                 "scale_columns": weight.scales.stride(1),
                 "row_stride": weight.values.shape[2],
                 "k_stride": 1,
@@ -421,7 +423,7 @@ class TritonMoe:
             lies = {
                 "weight_ptr": weight,
                 "weight_scale_ptr": self._state,
-                **dict.fromkeys(("FORMAT", "GROUP_N", "GROUP_K", "scale_columns")),
+                **dict.fromkeys(("FORMAT", "GROUP_N", "GROUP_K", "BY_TWO", "scale_columns")),
                 **dict.fromkeys(("weight_zero_ptr", "zero_columns")),
                 "row_stride": 1 if transposed else length,
                 "k_stride": rows if transposed else 1,
@@ -438,6 +440,12 @@ class TritonMoe:
             "EXIT_K": config.exit_k,
             "EVEN": length % config.block_k == 0,
         }
+
+    def _by_two(self, weight: QuantizedWeight) -> bool:
+        """Whether the weight is widened two numbers at a time."""
+        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.inputs.hidden_states.dtype)
+        on_nvidia = arch_of(self.device).startswith("sm_")
+        return on_nvidia and dtype is not None and by_two(weight.format, dtype, weight.largest_scale)
 
     def _pairing(self) -> str:
         if self._own_activation or not self.inputs.gated:

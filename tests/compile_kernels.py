@@ -60,12 +60,14 @@ LAYOUTS = {
 
 # Quantised weights, and the type of their scales. Groups of 32 are the most work for an int4 kernel.
 FORMATS = {
-    None: ({"FORMAT": None, "GROUP_N": None, "GROUP_K": None, "scale_columns": None}, "T"),
+    None: ({"FORMAT": None, "GROUP_N": None, "GROUP_K": None, "BY_TWO": None, "scale_columns": None}, "T"),
     "fp8": ({"FORMAT": "fp8", "GROUP_N": 128, "GROUP_K": 128}, "fp32"),
     "fp8_w8a8": ({"FORMAT": "fp8_w8a8", "GROUP_N": 128, "GROUP_K": 128}, "fp32"),
     "mxfp4": ({"FORMAT": "mxfp4", "GROUP_N": 1, "GROUP_K": 32}, "u8"),
     "int4": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 32}, "T"),
     "int4_asymmetric": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 32}, "T"),
+    "int4_128": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 128}, "T"),
+    "int4_128_asymmetric": ({"FORMAT": "int4", "GROUP_N": 1, "GROUP_K": 128}, "T"),
 }
 
 # "T" stands for the type of hidden_states.
@@ -107,13 +109,13 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         **LAYOUTS[request.get("layout", "plain")],
     }  # fmt: skip
     quantized, scale = FORMATS[request.get("format")]
-    constants |= quantized
+    constants |= {"BY_TWO": request["arch"].startswith("sm_") and request["dtype"] != "fp32"} | quantized
     kernel = getattr(moe, request["kernel"])
     names = kernel.arg_names
     arguments = {**ARGUMENTS, "weight_scale_ptr": f"*{scale}"}
     if quantized["FORMAT"]:
         arguments["weight_ptr"] = "*u8"
-    if request.get("format") == "int4_asymmetric":
+    if (request.get("format") or "").endswith("_asymmetric"):
         arguments["weight_zero_ptr"] = "*u8"
     else:
         arguments["zero_columns"] = "constexpr"

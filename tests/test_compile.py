@@ -66,12 +66,12 @@ def requests(arch: str) -> list[dict]:
     return [*chosen, *quantized_requests(arch), *routes]
 
 
-QUANTIZED = ("fp8", "mxfp4", "int4", "int4_asymmetric")
+QUANTIZED = ("fp8", "mxfp4", "int4", "int4_asymmetric", "int4_128", "int4_128_asymmetric")
 
 
 def tiles_of(format: str) -> str:
-    """The format as tiles are chosen by it: zero points change none."""
-    return format.removesuffix("_asymmetric")
+    """The format as tiles are chosen by it: groups and zero points change none."""
+    return format if format == W8A8 else format.split("_")[0]
 
 
 def quantized_requests(arch: str) -> list[dict]:
@@ -84,7 +84,7 @@ def quantized_requests(arch: str) -> list[dict]:
                 c for name, c in shipped_configs(arch, DTYPES[dtype], tiles_of(format)) if name == phase
             ]
             configs.sort(key=lambda config: (config.block_m * config.block_n, config.split_k))
-            if not THOROUGH and (arch != "sm_90" or format == "int4_asymmetric"):
+            if not THOROUGH and (arch != "sm_90" or format not in ("fp8", "mxfp4", "int4")):
                 configs = configs[:1] if arch == "gfx942" else [configs[0], configs[-1]]
             base = {"kernel": phase, "arch": arch, "dtype": dtype, "format": format, "layout": layout}
             chosen += [{**base, "config": asdict(config)} for config in configs]

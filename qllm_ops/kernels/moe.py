@@ -39,7 +39,15 @@ always in one place, the counter, a slot or a program, and moves by single atomi
 import triton
 import triton.language as tl
 
-from qllm_ops.kernels.quantized import INTERPRETED, dequantize, float8_products, group_rows, quantized_rows
+from qllm_ops.kernels.quantized import (
+    INTERPRETED,
+    add_products_of_weights,
+    dequantize,
+    float8_products,
+    group_rows,
+    narrow,
+    quantized_rows,
+)
 from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
 
 MAX_PHASES = tl.constexpr(_MAX_PHASES)
@@ -187,6 +195,7 @@ def multiply(
     flag_ptr,
     FORMAT: tl.constexpr,
     GROUP_K: tl.constexpr,
+    BY_TWO: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -201,11 +210,15 @@ def multiply(
     With EXIT_K, a multiple of BLOCK_K, this program leaves the sums halfway once it may no longer run.
     With a FORMAT, b_ptrs and scale_ptrs are those of `quantized_rows`.
     """
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    WEIGHTS_FIRST: tl.constexpr = weights_first(FORMAT, a_ptrs.dtype.element_ty, BLOCK_M, BLOCK_N)
+    if WEIGHTS_FIRST:
+        sums = tl.zeros((BLOCK_N // 16, 16, BLOCK_M), dtype=tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if EXIT_K == 0:
         sums = add_products(
             sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, begin, stop, stop,
-            FORMAT, GROUP_K, MASKED, EVEN, BLOCK_K, STAGES,
+            FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
         )  # fmt: skip
         whole = True
     else:
@@ -215,19 +228,33 @@ def multiply(
             upto = tl.minimum(k + EXIT_K, stop)
             sums = add_products(
                 sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, k, upto, stop,
-                FORMAT, GROUP_K, MASKED, EVEN, BLOCK_K, STAGES,
+                FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
             )  # fmt: skip
             k += EXIT_K
             stay = k < stop
             if HAS_FLAG:
                 stay &= tl.program_id(0) < poll(flag_ptr)
         whole = k >= stop
+    if WEIGHTS_FIRST:
+        sums = tl.trans(tl.reshape(sums, (BLOCK_N, BLOCK_M)))
     return sums, whole
+
+
+@triton.constexpr_function
+def weights_first(FORMAT, dtype, BLOCK_M, BLOCK_N):
+    """Whether a product is one of weights by activations, and so are its sums.
+
+    So are those of few rows, where warps widen weights in the registers that mma.sync reads them from: as its
+    first factor, whose four registers widening leaves side by side. 16 rows of weights for each warp are a
+    batch of products for Triton, which of 64 in one would make a wgmma, and that reads shared memory.
+    """
+    few = FORMAT in ("fp8", "mxfp4", "int4") and BLOCK_M < 64 and BLOCK_N % 16 == 0
+    return few and dtype.primitive_bitwidth == 16
 
 
 @triton.jit
 def add_products(
-    sums,
+    sums,  # (BLOCK_M, BLOCK_N), or (BLOCK_N / 16, 16, BLOCK_M): weights first
     a_ptrs,
     b_ptrs,
     b_stride,
@@ -239,12 +266,14 @@ def add_products(
     stop,
     FORMAT: tl.constexpr,
     GROUP_K: tl.constexpr,
+    BY_TWO: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     ks = tl.arange(0, BLOCK_K)
+    WEIGHTS_FIRST: tl.constexpr = len(sums.shape) == 3
     for k in tl.range(begin, upto, BLOCK_K, num_stages=STAGES):
         inside = k + ks < stop
         if EVEN:
@@ -253,10 +282,27 @@ def add_products(
             a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
         if FORMAT == "fp8_w8a8":
             sums += float8_products(a, b_ptrs, scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        elif WEIGHTS_FIRST:
+            sums = add_products_of_weights(
+                sums, a, b_ptrs, scale_ptrs, zero_ptrs, k, stop, FORMAT, GROUP_K, BY_TWO, EVEN, BLOCK_K
+            )
         else:
             if FORMAT is not None:
-                b = dequantize(b_ptrs, scale_ptrs, zero_ptrs, k, stop, FORMAT, GROUP_K, EVEN, BLOCK_K)
-                b = tl.trans(narrow(b, a.dtype))
+                b = dequantize(
+                    b_ptrs,
+                    scale_ptrs,
+                    zero_ptrs,
+                    k,
+                    stop,
+                    a.dtype,
+                    FORMAT,
+                    GROUP_K,
+                    True,
+                    BY_TWO,
+                    EVEN,
+                    BLOCK_K,
+                )
+                b = tl.trans(b)
             elif EVEN and MASKED:
                 b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)
             elif MASKED:
@@ -269,16 +315,6 @@ def add_products(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """Round float32 to the nearest number of ``dtype``, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -454,6 +490,7 @@ def gate_up(
     FORMAT: tl.constexpr,  # of quantised weights; None for dense ones
     GROUP_N: tl.constexpr,  # rows and columns of weights that share a scale
     GROUP_K: tl.constexpr,
+    BY_TWO: tl.constexpr,  # they are widened two at a time: `qllm_ops.kernels.by_two` says which can be
     MASKED: tl.constexpr,  # rows of weights are contiguous (k_stride is not 1), and R no multiple of a tile's
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -511,7 +548,7 @@ def gate_up(
         sums, whole = multiply(
             hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
-            MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
+            BY_TWO, MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if SCALED:
             scale = tl.load(scale_ptr + tl.load(order_ptr + rows, mask=rows < stop, other=0))
@@ -582,6 +619,7 @@ def down(
     FORMAT: tl.constexpr,  # as in gate_up
     GROUP_N: tl.constexpr,
     GROUP_K: tl.constexpr,
+    BY_TWO: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
@@ -638,7 +676,7 @@ def down(
             intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs,
             begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
-            MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
+            BY_TWO, MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
         if HAS_BIAS:
             bias_row_ptr = bias_ptr + expert.to(tl.int64) * hidden_size + chunk_begin

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+from qllm_ops.kernels.by_two import add_by_two, fma_by_two, int4_shift, lift, move_bits, multiply_by_two
+
 # Triton's interpreter multiplies bfloat16 numbers as if they were integers and cuts where it should round; it
 # has no arithmetic of float8.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -49,26 +51,87 @@ def dequantize(
     zero_ptrs,  # to the first zero point of each row, in whole words too; None: there are none
     k,
     stop,
+    dtype: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP_K: tl.constexpr,
+    SCALED: tl.constexpr,  # False: without their scales, which nothing reads then
+    BY_TWO: tl.constexpr,  # of `by_two`
     EVEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Columns k to k + BLOCK_K of some rows of weights, in float32; 0 from ``stop`` on."""
+    """Columns k to k + BLOCK_K of some rows of weights, in dtype. From ``stop`` on, any finite numbers."""
     PACKED: tl.constexpr = 1 if FORMAT == "fp8" else 2
     if EVEN:
         values = tl.load(value_ptrs + k // PACKED)
     else:
         inside = k + tl.arange(0, BLOCK_K // PACKED) * PACKED < stop
         values = tl.load(value_ptrs + k // PACKED, mask=inside[None, :], other=0)
-    scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
-    if PACKED == 2:
-        values = tl.reshape(tl.join(values & 15, values >> 4), (values.shape[0], BLOCK_K))
-    wide = tl.reshape(widen(values, FORMAT), (scales.shape[0], scales.shape[1], BLOCK_K // scales.shape[1]))
-    if zero_ptrs is not None:  # Small integers: nothing is rounded.
+    zeros = None
+    if zero_ptrs is not None:
         zeros = load_groups(zero_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255
-        wide += 8 - zeros.to(tl.float16)[:, :, None]
-    return tl.reshape(wide.to(tl.float32) * scales[:, :, None], (values.shape[0], BLOCK_K))
+    if BY_TWO:
+        wide = widen_by_two(values, zeros, dtype, FORMAT)
+        if SCALED:
+            wide = scale_by_two(wide, scale_ptrs, k, stop, FORMAT, GROUP_K, EVEN)
+        elif lift(FORMAT, dtype) != 0:
+            wide = multiply_by_two(wide, tl.full(wide.shape, 2.0 ** lift(FORMAT, dtype), dtype))
+    else:
+        if PACKED == 2:
+            values = tl.reshape(tl.join(values & 15, values >> 4), (values.shape[0], BLOCK_K))
+        wide = widen(values, FORMAT)
+        if zeros is not None:  # Small integers: nothing is rounded.
+            wide += over_columns(8 - zeros.to(tl.float16), BLOCK_K)
+        wide = wide.to(tl.float32)
+        if SCALED:
+            wide *= over_columns(load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K), BLOCK_K)
+        wide = narrow(wide, dtype)
+    return wide
+
+
+@triton.jit
+def widen_by_two(values, zeros, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """What the codes stand for, without the format's lift."""
+    wide = move_bits(values, dtype, FORMAT)
+    if FORMAT == "int4":
+        SHIFT: tl.constexpr = int4_shift(dtype)
+        if zeros is None:
+            shift = tl.full(wide.shape, SHIFT[0], dtype)
+        else:
+            shift = over_columns((zeros | SHIFT[1]).to(tl.int16).to(dtype, bitcast=True), wide.shape[1])
+        wide = add_by_two(wide, shift)
+    return wide
+
+
+@triton.jit
+def scale_by_two(wide, scale_ptrs, k, stop, FORMAT: tl.constexpr, GROUP_K: tl.constexpr, EVEN: tl.constexpr):
+    """Columns of `widen_by_two`, lifted and scaled.
+
+    A scale of more digits than theirs is taken as a sum of two numbers, and with it the product: before it is
+    rounded, that is off by 2 ** -8 of its last bit and by half of the least number that there is.
+    """
+    BLOCK_K: tl.constexpr = wide.shape[1]
+    LIFT: tl.constexpr = lift(FORMAT, wide.dtype)
+    dtype: tl.constexpr = scale_ptrs.dtype.element_ty
+    if dtype == tl.uint8:
+        exponents = (load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255) + LIFT
+        scales = over_columns((exponents << 23).to(tl.float32, bitcast=True).to(wide.dtype), BLOCK_K)
+        wide = multiply_by_two(wide, scales)
+    elif dtype == wide.dtype:
+        words = load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        wide = multiply_by_two(wide, over_columns(words.to(tl.int16).to(dtype, bitcast=True), BLOCK_K))
+    else:
+        scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) * 2.0**LIFT
+        high = scales.to(wide.dtype)
+        low = over_columns((scales - high.to(tl.float32)).to(wide.dtype), BLOCK_K)
+        wide = fma_by_two(wide, over_columns(high, BLOCK_K), multiply_by_two(wide, low))
+    return wide
+
+
+@triton.jit
+def over_columns(groups, BLOCK_K: tl.constexpr):
+    """(rows, BLOCK_K): what each of a row's groups has, for each of the group's columns."""
+    shape: tl.constexpr = (groups.shape[0], groups.shape[1], BLOCK_K // groups.shape[1])
+    return tl.reshape(tl.broadcast_to(groups[:, :, None], shape), (groups.shape[0], BLOCK_K))
 
 
 @triton.jit
@@ -104,10 +167,28 @@ def load_groups(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_
     else:
         inside = numbers * (GROUP_K * IN_WORD) < stop
         words = tl.load(word_ptrs + numbers[None, :], mask=inside[None, :], other=0)
-    if BITS < 32:
-        shifts = (k // GROUP_K + tl.arange(0, GROUPS // WORDS)) % IN_WORD * BITS
-        words = tl.reshape(words[:, :, None] >> shifts[None, None, :], (words.shape[0], GROUPS))
-    return words
+    if BITS == 32:
+        groups = words
+    elif GROUPS < IN_WORD:
+        shifts = (k // GROUP_K + tl.arange(0, GROUPS)) % IN_WORD * BITS
+        groups = words >> shifts[None, :]
+    else:  # Shifts by constants: no others can be moved to where the products want the weights.
+        if BITS == 16:
+            parts = tl.join(words, words >> 16)
+        else:
+            parts = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
+        groups = tl.reshape(parts, (words.shape[0], GROUPS))
+    return groups
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round float32 to the nearest number of ``dtype``, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -121,6 +202,43 @@ def widen(codes, FORMAT: tl.constexpr):
     else:
         wide = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
     return wide
+
+
+@triton.jit
+def add_products_of_weights(
+    sums,  # (R / 16, 16, M)
+    a,  # (M, BLOCK_K)
+    value_ptrs,  # of R rows
+    scale_ptrs,
+    zero_ptrs,
+    k,
+    stop,
+    FORMAT: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    BY_TWO: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add weights by activations, from columns k to k + BLOCK_K.
+
+    Where these columns are of one group, its scale goes on the sums, of which there are fewer than weights.
+    """
+    SCALED: tl.constexpr = GROUP_K < BLOCK_K
+    w = dequantize(
+        value_ptrs, scale_ptrs, zero_ptrs, k, stop, a.dtype, FORMAT, GROUP_K, SCALED, BY_TWO, EVEN, BLOCK_K
+    )  # fmt: skip
+    SIXTEENS: tl.constexpr = sums.shape[0]
+    w = tl.reshape(w, (SIXTEENS, 16, BLOCK_K))
+    a = tl.broadcast_to(tl.trans(a)[None, :, :], (SIXTEENS, BLOCK_K, a.shape[0]))
+    if INTERPRETED:
+        w, a = w.to(tl.float32), a.to(tl.float32)
+    if SCALED:
+        sums = tl.dot(w, a, sums, input_precision="ieee")
+    else:
+        products = tl.dot(w, a, input_precision="ieee")
+        scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        sums += products * tl.reshape(scales, (SIXTEENS, 16, 1))
+    return sums
 
 
 # -- float8 by float8 ----------------------------------------------------------------------------
