@@ -230,7 +230,7 @@ def tile_config(
     tuned = table.get(TileKey(phase, most_rows, n, k, _dtype_name(dtype))) if table else None
     if phase == "combine":
         return tuned or _combine(n, dtype)
-    config = tuned or _fastest(phase, block_m, dtype, arch, weights)
+    config = tuned or _fastest(phase, block_m, k, dtype, arch, weights)
     return within_exit(phase, config, k, dtype, arch, read_once, max_exit_us, weights)
 
 
@@ -255,7 +255,9 @@ def _combine(n: int, dtype: torch.dtype) -> TileConfig:
     return TileConfig(1, max(block_n, 128), 1, 4, 1, 8)
 
 
-def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str, weights: str | None) -> TileConfig:
+def _fastest(
+    phase: str, block_m: int, k: int, dtype: torch.dtype, arch: str, weights: str | None
+) -> TileConfig:
     if weights == W8A8:  # What is neither of the two is refused by `fit_device`.
         config = TILES_W8A8["sm_90" if TILES_OF.get(arch, arch) == "sm_90" else "sm_86"][phase][
             min(block_m, 64)
@@ -267,11 +269,11 @@ def _fastest(phase: str, block_m: int, dtype: torch.dtype, arch: str, weights: s
         block_m = min(block_m, 32)
     config = table[phase][block_m]
     if weights is not None:
-        config = _for_quantized(config, dtype, arch)
+        config = _for_quantized(config, k, dtype, arch)
     return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch, weights))
 
 
-def _for_quantized(config: TileConfig, dtype: torch.dtype, arch: str) -> TileConfig:
+def _for_quantized(config: TileConfig, k: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """A tile for dense weights as quantised ones have it."""
     if dtype.itemsize == 4:
         # 16 columns of four bits are too few bytes to be copied ahead, and 64 of any spill.
@@ -279,10 +281,12 @@ def _for_quantized(config: TileConfig, dtype: torch.dtype, arch: str) -> TileCon
     if config.block_m <= 32 and arch != "gfx942":
         # A stage has a half or a quarter of the bytes, so more of them; a longer one spills what it widens.
         return replace(config, num_stages=6)
-    if config.block_m == 128:
-        # The largest tile's sums leave no registers to widen in.
-        hopper = TILES_OF.get(arch, arch) == "sm_90"
-        return replace(config, block_n=config.block_n // 2 if hopper else min(64, config.block_n))
+    if config.block_m == 128 and arch == "gfx942":
+        # The largest tile's sums leave no registers to widen in by way of float32.
+        return replace(config, block_n=min(64, config.block_n))
+    if config.block_m == 128 and k % config.block_k:
+        # Nor to widen two at a time, where a sum ends within a turn.
+        return replace(config, block_n=config.block_n // 2)
     return config
 
 
@@ -390,7 +394,7 @@ def compile_options(config: TileConfig, dtype: torch.dtype, arch: str) -> dict[s
     """What a kernel of these tiles is compiled with besides them. Not to be changed."""
     # Fusing is the compiler's default today and will not be; fixed here, the bits stay the same.
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    if arch == "sm_100" and dtype.itemsize == 2:
+    if arch in ("sm_80", "sm_86", "sm_100") and dtype.itemsize == 2:
         # As many registers as the resident programs leave each other. Not told so, the assembler saves them
         # for programs that do not come, and spills some. (Of 32 bits it keeps more than it should then.)
         threads = 32 * config.num_warps * config.programs_per_sm

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from qllm_ops.quantized import W8A8
-from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, shared_bytes, shipped_configs
+from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, layer_configs, shared_bytes, shipped_configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = (("sass", True), ("has_flag", False), ("even", False))
@@ -88,7 +88,13 @@ def quantized_requests(arch: str) -> list[dict]:
                 configs = configs[:1] if arch == "gfx942" else [configs[0], configs[-1]]
             base = {"kernel": phase, "arch": arch, "dtype": dtype, "format": format, "layout": layout}
             chosen += [{**base, "config": asdict(config)} for config in configs]
-            chosen.append({**chosen[-1], "even": False})
+            uneven = layer_configs(
+                num_tokens=8192, top_k=2, num_experts=8, hidden_size=4112, intermediate_size=4112,
+                dtype=DTYPES[dtype], arch=arch, weights=tiles_of(format),
+            )[phase]  # fmt: skip
+            chosen.append({**base, "config": asdict(uneven), "even": False})
+            if (arch, dtype, phase) == ("sm_90", "bf16", "gate_up"):
+                chosen.append({**base, "layout": "plain", "config": asdict(configs[0]), "sass": True})
     return chosen
 
 
@@ -295,7 +301,7 @@ def test_float8_is_multiplied_as_it_lies(compiled, arch):
 
 
 def test_machine_code_polls_strongly_and_multiplies_on_wgmma(compiled):
-    for record in select(compiled("sm_90"), PRODUCTS, sass=(False, True)):
+    for record in select(compiled("sm_90"), PRODUCTS, sass=(False, True), format=(None, None)):
         sass = Path(record["sass_file"]).read_text()
         polls = 3 if record["config"]["exit_k"] else 2
         assert len(re.findall(r"LDG\S*\.STRONG\.SYS", sass)) == polls, name(record)
@@ -310,3 +316,35 @@ def test_amd_compiles(compiled):
         assert "s_endpgm" in assembly
         if record["kernel"] != "combine":
             assert "mfma" in assembly, name(record)
+
+
+@pytest.mark.parametrize(
+    ("format", "most"),
+    [
+        ("fp8", 4.6), ("mxfp4", 4.7), ("int4", 4.0), ("int4_128", 3.8), ("int4_asymmetric", 4.4),
+        ("int4_128_asymmetric", 5.2),
+    ],
+)  # fmt: skip
+def test_a_quantised_weight_takes_few_instructions_at_decode(compiled, format, most):
+    """All of the inner loop, for each weight that a thread widens: perf/NOTES.md says what they may take."""
+    (record,) = select(compiled("sm_90"), ("gate_up",), sass=(False, True), format=(None, format))
+    config = TileConfig(**record["config"])
+    assert config.block_m == 16
+    loop = inner_loop(Path(record["sass_file"]).read_text())
+    weights = 2 * config.block_n * config.block_k / (32 * config.num_warps)
+    assert len(loop) / weights <= most
+    # Every weight once: no two warps do the same.
+    products = sum(instruction.startswith("HMMA.16816") for instruction in loop)
+    assert products * config.num_warps == 2 * config.block_n * config.block_k * config.block_m / (16 * 8 * 16)
+
+
+def inner_loop(sass: str) -> list[str]:
+    """The instructions of the smallest loop that multiplies."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z].*?);", sass)
+    code = [(int(address, 16), instruction) for address, instruction in lines]
+    loops = []
+    for end, instruction in code:
+        target = re.match(r"BRA\b.*?0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < end:
+            loops.append([text for address, text in code if int(target[1], 16) <= address <= end])
+    return min((loop for loop in loops if any("HMMA" in text for text in loop)), key=len)
