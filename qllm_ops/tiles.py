@@ -100,13 +100,14 @@ MAX_PARTS = 4
 
 ROW_CLASSES = (
     # most rows per expert on average, block_m, whether each block of weights is read for one row block only
+    (4, 8, True),
     (8, 16, True),
     (24, 32, True),
     (64, 64, True),
     (256, 128, True),
     (float("inf"), 128, False),
 )
-"""Where the number of rows per expert changes the tiles, and nowhere else: so a layer has five sets of tiles.
+"""Where the number of rows per expert changes the tiles, and nowhere else: so a layer has six sets of tiles.
 
 With few rows the weights are read once whatever the tile, and more rows would only be padding. About
 half of the experts get more rows than the average, hence a margin. From 65 rows on, a taller tile
@@ -258,6 +259,7 @@ def _combine(n: int, dtype: torch.dtype) -> TileConfig:
 def _fastest(
     phase: str, block_m: int, k: int, dtype: torch.dtype, arch: str, weights: str | None
 ) -> TileConfig:
+    few, block_m = block_m == 8, max(block_m, 16)  # of which only quantised tiles have fewer
     if weights == W8A8:  # What is neither of the two is refused by `fit_device`.
         config = TILES_W8A8["sm_90" if TILES_OF.get(arch, arch) == "sm_90" else "sm_86"][phase][
             min(block_m, 64)
@@ -269,18 +271,21 @@ def _fastest(
         block_m = min(block_m, 32)
     config = table[phase][block_m]
     if weights is not None:
-        config = _for_quantized(config, k, dtype, arch)
+        config = _for_quantized(config, few, k, dtype, arch)
     return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch, weights))
 
 
-def _for_quantized(config: TileConfig, k: int, dtype: torch.dtype, arch: str) -> TileConfig:
+def _for_quantized(config: TileConfig, few: bool, k: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """A tile for dense weights as quantised ones have it."""
     if dtype.itemsize == 4:
         # 16 columns of four bits are too few bytes to be copied ahead, and 64 of any spill.
         return replace(config, block_k=32)
     if config.block_m <= 32 and arch != "gfx942":
         # A stage has a half or a quarter of the bytes, so more of them; a longer one spills what it widens.
-        return replace(config, num_stages=6)
+        config = replace(config, num_stages=6)
+        # Weights go first in such products, whose second factor may have 8 rows: an eighth fewer instructions
+        # for a weight. That leaves registers for a third program, and widening is bound by instructions.
+        return replace(config, block_m=8, programs_per_sm=3) if few else config
     if config.block_m == 128 and arch == "gfx942":
         # The largest tile's sums leave no registers to widen in by way of float32.
         return replace(config, block_n=min(64, config.block_n))
@@ -296,9 +301,10 @@ def within_exit(
 ) -> TileConfig:  # fmt: skip
     """``config`` with narrower tiles, in down shorter sums, and an exit inside of what is still too long."""
     sides = 2 if phase == "gate_up" else 1
-    least_rows = MIN_WEIGHT_ROWS[config.block_m]
     if weights not in (None, W8A8) and config.block_m < 64 and dtype.itemsize == 2:
         least_rows = 16 * config.num_warps  # Each widens 16 for itself; of fewer, some warps the same.
+    else:
+        least_rows = MIN_WEIGHT_ROWS[config.block_m]
     while (
         tile_us(phase, config, k, dtype, arch, read_once, weights) > max_exit_us
         and config.block_n * sides // 2 >= least_rows

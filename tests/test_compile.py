@@ -321,15 +321,15 @@ def test_amd_compiles(compiled):
 @pytest.mark.parametrize(
     ("format", "most"),
     [
-        ("fp8", 4.6), ("mxfp4", 4.7), ("int4", 4.0), ("int4_128", 3.8), ("int4_asymmetric", 4.4),
-        ("int4_128_asymmetric", 5.2),
+        ("fp8", 4.2), ("mxfp4", 4.5), ("int4", 3.5), ("int4_128", 3.3), ("int4_asymmetric", 4.0),
+        ("int4_128_asymmetric", 4.7),
     ],
 )  # fmt: skip
 def test_a_quantised_weight_takes_few_instructions_at_decode(compiled, format, most):
     """All of the inner loop, for each weight that a thread widens: perf/NOTES.md says what they may take."""
     (record,) = select(compiled("sm_90"), ("gate_up",), sass=(False, True), format=(None, format))
     config = TileConfig(**record["config"])
-    assert config.block_m == 16
+    assert config.block_m == 8
     loop = inner_loop(Path(record["sass_file"]).read_text())
     weights = 2 * config.block_n * config.block_k / (32 * config.num_warps)
     assert len(loop) / weights <= most

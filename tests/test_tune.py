@@ -49,7 +49,7 @@ def test_every_entry_is_decided_once_by_all_its_numbers_of_tokens():
     found = tune.jobs([layers.MIXTRAL], (1, 8, 32, 8, 2048), torch.bfloat16)
     assert [job.key for job in found] == list(dict.fromkeys(job.key for job in found))
     assert {(job.key.phase, job.tokens) for job in found} == {
-        (phase, tokens) for phase in PHASES for tokens in ((1, 8, 32), (2048,))
+        (phase, tokens) for phase in PHASES for tokens in ((1, 8), (32,), (2048,))
     }
 
 
@@ -231,7 +231,7 @@ def test_a_winner_is_entered_with_what_it_won_by(rehearsed):
     assert (table["device"], table["arch"]) == (NAME, "sm_90")
     assert table["versions"] == tune.versions()
     assert written["key"] == {
-        "phase": "gate_up", "most_rows": 8, "n": 1024, "k": 2048, "dtype": "bfloat16",
+        "phase": "gate_up", "most_rows": 4, "n": 1024, "k": 2048, "dtype": "bfloat16",
     }  # fmt: skip
     measured = written["measured"]
     assert (measured["ratio"], measured["noise"], measured["model"]) == (0.8, 0.002, "OLMoE-1B-7B")
