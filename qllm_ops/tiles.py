@@ -318,9 +318,9 @@ def within_exit(
         parts = config.split_k * math.ceil(us / max_exit_us)
         parts = min(parts, MAX_PARTS, k // (4 * config.block_k))
         config = replace(config, split_k=max(config.split_k, parts))
-    # Around such an exit, sums of 32 bits spill registers, and so do weights that mma.sync has to widen, and
-    # float8 by float8 with Triton 3.6.
-    widens = weights is not None and arch in ("sm_80", "sm_86")
+    # Around such an exit, sums of 32 bits spill registers, and so do large tiles of weights that mma.sync has
+    # to widen, and float8 by float8 with Triton 3.6.
+    widens = weights is not None and arch in ("sm_80", "sm_86") and config.block_m >= 64
     has_registers = dtype.itemsize == 2 and not widens and weights != W8A8
     if not config.exit_k and has_registers:
         us = tile_us(phase, config, k, dtype, arch, read_once, weights)
@@ -375,14 +375,15 @@ def shared_bytes(phase: str, config: TileConfig, dtype: torch.dtype, weights: st
     stage = activations * dtype.itemsize + rows * config.block_k * weight_bytes(dtype, weights)
     if weights is None:
         return int(stage * config.num_stages)
-    # A row's scales come in words of 4 bytes. In int4 they may be float32, and have zero points beside them.
-    stage += (24 if weights == "int4" else 4) * rows
+    stage += 4 * rows  # A row's scales come in words of 4 bytes.
     if weights == W8A8:  # Activations are read a stage ahead of the products, and written again in float8.
         return int(stage * config.num_stages - activations * dtype.itemsize + activations)
     widened = rows * config.block_k * dtype.itemsize
     if config.block_m < 64 and dtype.itemsize == 2:
-        # In the registers that the products read; on AMD by way of shared memory, of which little is staged.
-        return int(max(stage * config.num_stages, activations * dtype.itemsize + widened))
+        # Widened in the registers that the products read; but on AMD, and in int4 with zero points of groups
+        # of 128 or more, by way of shared memory once more, beside all stages but one.
+        beside = config.num_stages - 1 if weights == "int4" else 0
+        return int(max(stage * config.num_stages, stage * beside + widened, activations * 2 + widened))
     # What is widened goes through shared memory once more.
     return int(stage * config.num_stages + widened)
 

@@ -2,7 +2,8 @@
 
 One instruction then serves two numbers, and nothing passes through float32. Bits are moved (`widening`), so
 that a float with a mantissa and an exponent stands there, too small by a power of two (`lift`) that the scale
-makes up for. tests/test_by_two.py runs these instructions, all of them, on a CPU.
+makes up for. Some are subnormal until then: PTX's packed fma takes them as they are. tests/test_by_two.py
+runs all of these instructions on a CPU.
 """
 
 import triton
