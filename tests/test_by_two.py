@@ -72,7 +72,7 @@ def dequantize_rows(
     zero_ptrs = None
     if zero_ptr is not None:
         zero_ptrs = group_rows(zero_ptr, tl.program_id(0), n, rows, zero_columns, 1)
-    for k in range(0, columns, K):
+    for k in tl.range(0, columns, K):
         weights = dequantize(
             value_ptrs, scale_ptrs, zero_ptrs, k, columns, output_ptr.dtype.element_ty,
             FORMAT, GROUP_K, SCALED, True, False, K,
