@@ -442,10 +442,11 @@ class TritonMoe:
         }
 
     def _by_two(self, weight: QuantizedWeight) -> bool:
-        """Whether the weight is widened two numbers at a time."""
+        """Whether the weight is widened two numbers at a time; those of an odd length are not."""
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.inputs.hidden_states.dtype)
         on_nvidia = arch_of(self.device).startswith("sm_")
-        return on_nvidia and dtype is not None and by_two(weight.format, dtype, weight.largest_scale)
+        in_pairs = dtype is not None and weight.columns % 2 == 0
+        return on_nvidia and in_pairs and by_two(weight.format, dtype, weight.largest_scale)
 
     def _pairing(self) -> str:
         if self._own_activation or not self.inputs.gated:

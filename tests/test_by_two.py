@@ -41,19 +41,22 @@ def test_the_emulator_rounds_as_torch_does(dtype, bits):
 
 
 def test_the_emulator_moves_bits_as_the_manual_says():
-    registers = {"$1": np.uint32([0x33221100]), "$2": np.uint32([0x77665544])}
-    run = lambda line: int(ptx.run(line, registers)["$0"][0])  # noqa: E731
+    def run(lines):
+        threads = ptx.Threads(1, {"$1": np.uint32([0x33221100]), "$2": np.uint32([0x77665544])})
+        threads.run(lines)
+        return int(threads.read("$0", "b32")[0])
+
     assert run("prmt.b32 $0, $1, $2, 0x7250;") == 0x77225500
     assert run("lop3.b32 $0, $1, 0x0f0f0f0f, $2, 0xea;") == 0x33221100 & 0x0F0F0F0F | 0x77665544
     assert run("mul.lo.u32 $0, $1, 0x104;") == 0x33221100 * 0x104 % 2**32
     assert run("{ .reg .b32 h; shl.b32 h, $1, 4; shr.u32 $0, h, 8; }") == 0x322110
     with pytest.raises(NotImplementedError, match="no such instruction"):
-        run("vote.sync.any.pred $0, $1, $2, $1;")
+        run("vote.sync.any.pred $0, $1, $2;")
 
 
 @pytest.mark.parametrize("text", [*WIDENING.values(), *FUSED.values()])
 def test_nothing_but_what_is_emulated_is_used(text):
-    ptx.run(text, {f"${i}": np.uint32([0x12345678]) for i in range(2 * len(WIDENING))})
+    ptx.Threads(1, {f"${i}": np.uint32([0x12345678]) for i in range(1, 5)}).run(text)
 
 
 # -- widening --------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ def dequantize(
     if EVEN:
         values = tl.load(value_ptrs + k // PACKED)
     else:
-        inside = k + tl.arange(0, BLOCK_K // PACKED) * PACKED < stop
+        # Bytes are compared, and not columns: so Triton sees which neighbours are inside together, and loads
+        # them at once. Rounded up, as where the last byte has one number only, it would not.
+        end = stop // PACKED if BY_TWO else tl.cdiv(stop, PACKED)
+        inside = k // PACKED + tl.arange(0, BLOCK_K // PACKED) < end
         values = tl.load(value_ptrs + k // PACKED, mask=inside[None, :], other=0)
     zeros = None
     if zero_ptrs is not None:

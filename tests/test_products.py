@@ -1,0 +1,109 @@
+"""Compiled products of quantised weights, run: what Triton makes of them for a card, on a CPU (tests/ptx.py).
+
+Where numbers lie in registers, which ones the matrix units multiply, and that nothing is read before it has
+been copied: none of that shows under the interpreter.
+"""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ptx
+import pytest
+import torch
+
+from qllm_ops import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+N, THREADS = 64, 128
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+
+QUANTIZERS = {
+    "fp8": quantize_fp8,
+    "fp8 of small blocks": lambda w: quantize_fp8(w, (4, 32)),
+    "mxfp4": quantize_mxfp4,
+    "int4 of 16": lambda w: quantize_int4(w, 16),
+    "int4 of 32": lambda w: quantize_int4(w, 32),
+    "int4 of 128": lambda w: quantize_int4(w, 128),
+    "asymmetric int4 of 32": lambda w: quantize_int4(w, 32, symmetric=False),
+    "asymmetric int4 of 128": lambda w: quantize_int4(w, 128, symmetric=False),
+}
+EVERY_KIND = (8, "bf16", "sm_90", 512)
+SOME_KINDS = [(16, "fp16", "sm_90", 512), (32, "bf16", "sm_80", 480)]
+CASES = [  # kind, rows of activations, dtype, card, columns: whole turns of 128, or not
+    (kind, *rest)
+    for kind in QUANTIZERS
+    for rest in (
+        itertools.product((8, 16, 32), DTYPES, ("sm_90", "sm_80"), (512, 480))
+        if THOROUGH
+        else [EVERY_KIND, *(SOME_KINDS if kind in ("fp8", "mxfp4", "int4 of 32") else [])]
+    )
+]
+
+
+@functools.cache
+def problem(name: str, dtype: str, columns: int) -> tuple[torch.Tensor, QuantizedWeight]:
+    """(32, columns) of activations, and (1, N, columns) of weights."""
+    draw = torch.Generator().manual_seed(0)
+    weights = 0.05 * torch.randn(1, N, columns, generator=draw)
+    return torch.randn(32, columns, generator=draw).to(DTYPES[dtype]), QUANTIZERS[name](
+        weights.to(DTYPES[dtype])
+    )
+
+
+SCALES = {torch.float32: "fp32", torch.uint8: "u8", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[tuple, dict]:
+    """The record of every case."""
+    where = tmp_path_factory.mktemp("products")
+    requests = []
+    for name, rows, dtype, arch, columns in CASES:
+        weight = problem(name, dtype, columns)[1]
+        requests.append({
+            "format": weight.format, "block": weight.block, "arch": arch, "dtype": dtype, "rows": rows,
+            "scale": SCALES[weight.scales.dtype], "zeros": weight.zeros is not None,
+            "even": columns % 128 == 0,
+        })  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(where / "cache")}
+    script = Path(__file__).with_name("compile_products.py")
+    finished = subprocess.run(
+        [sys.executable, str(script), str(where)], input=json.dumps(requests), env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return dict(zip(CASES, json.loads(finished.stdout), strict=True))
+
+
+def rows_of(tensor: torch.Tensor):
+    """All of the memory of (1, rows, columns), whose rows may be longer."""
+    length = tensor.shape[1] * tensor.stride(1)
+    return torch.as_strided(tensor, (length,), (1,)).view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_compiled_products_are_those_of_what_the_weights_stand_for(compiled, case):
+    name, rows, dtype, _, columns = case
+    hidden, weight = problem(name, dtype, columns)
+    hidden, record, output = hidden[:rows].contiguous(), compiled[case], torch.zeros(rows, N)
+    zeros = ([], []) if weight.zeros is None else ([rows_of(weight.zeros)], [weight.zeros.stride(1)])
+    block = ptx.launch(
+        Path(record["ptx"]).read_text(), THREADS, record["shared"],
+        [
+            hidden.view(torch.uint8).numpy(), weight.values.view(torch.uint8).numpy(), rows_of(weight.scales),
+            *zeros[0], output.numpy(), columns, weight.values.shape[2], weight.scales.stride(1), *zeros[1],
+        ],
+    )  # fmt: skip
+    # A scale of every turn's columns goes on the sums; others on the weights, which are rounded then.
+    numbers = weight.dequantize(0)
+    wanted = hidden.double() @ (numbers if weight.block[1] >= 128 else numbers.to(DTYPES[dtype])).double().T
+    assert (output - wanted).square().mean().sqrt() <= 1e-6 * wanted.square().mean().sqrt()
+    products = sum(count for name, count in block.executed.items() if name.startswith("mma.sync"))
+    turns = -(-columns // 128)
+    assert products * (THREADS // 32) == turns * (N // 16) * (rows // 8) * (128 // 16)
