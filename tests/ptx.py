@@ -89,7 +89,10 @@ class Threads:
         base, *modifiers = name.split(".")
         kind = modifiers[-1] if modifiers else ""
         target, *sources = operands or [""]
-        read = lambda i, kind=kind: self.read(sources[i], kind)  # noqa: E731
+
+        def read(i, kind=kind):
+            return self.read(sources[i], kind)
+
         if name.startswith("cp.async"):
             self.copy_ahead(name, operands, active)
         elif base == "bar":
@@ -224,12 +227,15 @@ class Threads:
         group, member = np.divmod(lane, 4)
         left, right = np.zeros((self.count // 32, 16, 16)), np.zeros((self.count // 32, 16, 8))
         sums = np.zeros((self.count // 32, 16, 8))
+
+        def number(name, half):
+            return to_float64(self.read(name, "b32") >> np.uint32(16 * half), kind)
+
         for half in (0, 1):
-            number = lambda name, half=half: to_float64(self.read(name, "b32") >> np.uint32(16 * half), kind)  # noqa: E731
             for i in range(4):
-                left[warp, group + i % 2 * 8, 2 * member + half + i // 2 * 8] = number(a[i])
+                left[warp, group + i % 2 * 8, 2 * member + half + i // 2 * 8] = number(a[i], half)
             for i in range(2):
-                right[warp, 2 * member + half + 8 * i, group] = number(b[i])
+                right[warp, 2 * member + half + 8 * i, group] = number(b[i], half)
         for i in range(4):
             sums[warp, group + i // 2 * 8, 2 * member + i % 2] = self.read(c[i], "f32")
         sums += left @ right

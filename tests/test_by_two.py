@@ -207,7 +207,10 @@ QUANTIZERS = {
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_layer_has_the_bits_of_one_that_is_widened_in_float32(monkeypatch, dtype, name):
     draw = torch.Generator().manual_seed(3)
-    randn = lambda *shape: torch.randn(*shape, generator=draw).to(DTYPES[dtype])  # noqa: E731
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=draw).to(DTYPES[dtype])
+
     gate_up, down = (QUANTIZERS[name](0.1 * randn(*shape)) for shape in ((3, 96, 80), (3, 80, 48)))
     arguments = (
         randn(5, 80), gate_up, down, torch.randint(0, 3, (5, 2), generator=draw),

@@ -8,16 +8,14 @@ of them for all.
 
 import functools
 import itertools
-import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from other_process import records_of
 
 from qllm_ops.quantized import W8A8
 from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, layer_configs, shared_bytes, shipped_configs
@@ -121,15 +119,7 @@ def compiled(tmp_path_factory):
     @functools.cache
     def run(arch: str) -> list[dict]:
         where = tmp_path_factory.mktemp(arch)
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": str(where / "cache")}
-        script = Path(__file__).with_name("compile_kernels.py")
-        finished = subprocess.run(
-            [sys.executable, str(script), str(where)], input=json.dumps(requests(arch)), env=environment,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
-        return json.loads(finished.stdout)
+        return records_of("compile_kernels.py", requests(arch), where)
 
     return run
 

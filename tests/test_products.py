@@ -6,15 +6,13 @@ been copied: none of that shows under the interpreter.
 
 import functools
 import itertools
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ptx
 import pytest
 import torch
+from other_process import records_of
 
 from qllm_ops import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
 
@@ -70,15 +68,7 @@ def compiled(tmp_path_factory) -> dict[tuple, dict]:
             "scale": SCALES[weight.scales.dtype], "zeros": weight.zeros is not None,
             "even": columns % 128 == 0,
         })  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(where / "cache")}
-    script = Path(__file__).with_name("compile_products.py")
-    finished = subprocess.run(
-        [sys.executable, str(script), str(where)], input=json.dumps(requests), env=environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    return dict(zip(CASES, json.loads(finished.stdout), strict=True))
+    return dict(zip(CASES, records_of("compile_products.py", requests, where), strict=True))
 
 
 def rows_of(tensor: torch.Tensor):

@@ -21,8 +21,8 @@ LIFTS = {
 MOST = {"bf16": 3.3895313892515355e38, "fp16": 65504.0}
 """The largest number."""
 
-# 2 ** 7 in bfloat16, 2 ** 10 in float16: the lowest bits of the mantissa count ones.
-INT4_OFFSETS = {"bf16": 0x4300, "fp16": 0x6400}
+# Numbers whose lowest bits of the mantissa count ones, and their bits.
+INT4_OFFSETS = {"bf16": (2**7, 0x4300), "fp16": (2**10, 0x6400)}
 
 
 def by_two(format: str, dtype: str, largest_scale: float) -> bool:
@@ -58,7 +58,7 @@ def _halves_of_bytes(format: str, dtype: str) -> list[str]:
     for pair in range(4):
         lines.append(f"prmt.b32 x, {first}, {second}, {0x0400 + 0x0101 * pair:#06x};")
         if format == "int4":
-            offset = INT4_OFFSETS[dtype] * 0x10001
+            offset = INT4_OFFSETS[dtype][1] * 0x10001
             lines.append(f"lop3.b32 ${pair}, x, 0x000f000f, {offset:#010x}, 0xea;")  # (x & 15) | offset
         elif dtype == "bf16":
             lines += [
@@ -103,8 +103,8 @@ def fused(dtype):
 @triton.constexpr_function
 def int4_shift(dtype):
     """What to add to a widened int4 whose zero point is 8, and its bits for 0, in which others can be set."""
-    offset = 2**7 if dtype.name == "bf16" else 2**10
-    return -(offset + 8), INT4_OFFSETS[dtype.name] - 0x8000
+    offset, bits = INT4_OFFSETS[dtype.name]
+    return -(offset + 8), bits - 0x8000
 
 
 @triton.jit

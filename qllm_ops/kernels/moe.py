@@ -47,6 +47,7 @@ from qllm_ops.kernels.quantized import (
     group_rows,
     narrow,
     quantized_rows,
+    weights_first,
 )
 from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
 
@@ -240,18 +241,6 @@ def multiply(
     return sums, whole
 
 
-@triton.constexpr_function
-def weights_first(FORMAT, dtype, BLOCK_M, BLOCK_N):
-    """Whether a product is one of weights by activations, and so are its sums.
-
-    So are those of few rows, where warps widen weights in the registers that mma.sync reads them from: as its
-    first factor, whose four registers widening leaves side by side. 16 rows of weights for each warp are a
-    batch of products for Triton, which of 64 in one would make a wgmma, and that reads shared memory.
-    """
-    few = FORMAT in ("fp8", "mxfp4", "int4") and BLOCK_M < 64 and BLOCK_N % 16 == 0
-    return few and dtype.primitive_bitwidth == 16
-
-
 @triton.jit
 def add_products(
     sums,  # (BLOCK_M, BLOCK_N), or (BLOCK_N / 16, 16, BLOCK_M): weights first
@@ -289,19 +278,9 @@ def add_products(
         else:
             if FORMAT is not None:
                 b = dequantize(
-                    b_ptrs,
-                    scale_ptrs,
-                    zero_ptrs,
-                    k,
-                    stop,
-                    a.dtype,
-                    FORMAT,
-                    GROUP_K,
-                    True,
-                    BY_TWO,
-                    EVEN,
+                    b_ptrs, scale_ptrs, zero_ptrs, k, stop, a.dtype, FORMAT, GROUP_K, True, BY_TWO, EVEN,
                     BLOCK_K,
-                )
+                )  # fmt: skip
                 b = tl.trans(b)
             elif EVEN and MASKED:
                 b = tl.load(b_ptrs + k * b_stride, mask=b_inside[None, :], other=0.0)

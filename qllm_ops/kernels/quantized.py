@@ -207,6 +207,18 @@ def widen(codes, FORMAT: tl.constexpr):
     return wide
 
 
+@triton.constexpr_function
+def weights_first(FORMAT, dtype, BLOCK_M, BLOCK_N):
+    """Whether a product is one of weights by activations, and so are its sums.
+
+    So are those of few rows, where warps widen weights in the registers that mma.sync reads them from: as its
+    first factor, whose four registers widening leaves side by side. 16 rows of weights for each warp are a
+    batch of products for Triton, which of 64 in one would make a wgmma, and that reads shared memory.
+    """
+    few = FORMAT in ("fp8", "mxfp4", "int4") and BLOCK_M < 64 and BLOCK_N % 16 == 0
+    return few and dtype.primitive_bitwidth == 16
+
+
 @triton.jit
 def add_products_of_weights(
     sums,  # (R / 16, 16, M)
