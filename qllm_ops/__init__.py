@@ -2,6 +2,7 @@
 
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.flag import FULL, PriorityFlag
+from qllm_ops.invariant import NotInvariantError, batch_invariant
 from qllm_ops.moe import MoeRun, moe, moe_reference, warm_up
 from qllm_ops.quantized import QuantizedWeight, quantize_fp8, quantize_int4, quantize_mxfp4
 
@@ -12,8 +13,10 @@ __all__ = [
     "FULL",
     "Activation",
     "MoeRun",
+    "NotInvariantError",
     "PriorityFlag",
     "QuantizedWeight",
+    "batch_invariant",
     "moe",
     "moe_reference",
     "quantize_fp8",

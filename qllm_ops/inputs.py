@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import AnyActivation, as_activation
+from qllm_ops.invariant import is_batch_invariant
 from qllm_ops.quantized import ROW_GROUP, W8A8, QuantizedWeight
 from qllm_ops.tiles import EXIT_US, check_max_exit_us
 
@@ -158,7 +159,7 @@ def check_inputs(
         interleaved,
         transposed,
         expert_norm,
-        batch_invariant,
+        batch_invariant or is_batch_invariant(),
         max_exit_us,
         weights_on_input,
         fp8_activations,

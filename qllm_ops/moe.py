@@ -77,9 +77,10 @@ def moe(
         weights_on_input: True: top_k_weights multiply what goes into the first product, before its bias, and
             the sum over k has no weights (Llama 4).
         batch_invariant: True: a token's output bits depend on that token, its routing and the weights
-            only, and on no other token of the batch. The tiles are then the same for every T, which
-            costs speed where others would be better. Triton backend only; functions of yours must keep
-            the promise, too.
+            only, and on no other token of the batch. The tiles are then the same for every T, or, in the
+            torch backend, rows are multiplied in blocks of a few sizes (`qllm_ops.invariant`), which
+            costs speed where others would be better. Functions of yours must keep the promise, too.
+            So is every call inside of :class:`qllm_ops.batch_invariant`, where most of torch does.
         fp8_activations: True: both products multiply float8 by float8. The weights have the format "fp8", in
             blocks of a multiple of 128 columns, and hidden_states 16 bits. The left factors (the hidden
             states; then what the activation gave, rounded to their dtype) are quantised on the fly, a scale
@@ -349,11 +350,6 @@ def _choose(backend: str, inputs: MoeInputs) -> str:
     if backend == "auto":
         able = on_gpu and _triton_installed() and unsupported(inputs.hidden_states.device) is None
         backend = "triton" if able else "torch"
-    if backend == "torch" and inputs.batch_invariant:
-        raise ValueError(
-            f'batch_invariant=True needs the triton backend, got backend="torch" on '
-            f"{inputs.hidden_states.device}, where the order of a sum depends on the number of tokens"
-        )
     if backend == "triton":
         if not _triton_installed():
             raise ValueError('backend="triton" needs the package triton, which is not installed')

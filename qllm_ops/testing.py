@@ -131,6 +131,7 @@ class MoeCase:
     weights_dtype: torch.dtype = torch.float32
     quantized: str | None = None
     fp8_activations: bool = False
+    batch_invariant: bool = False
     seed: int = 0
 
     def tensors(self, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -165,8 +166,9 @@ class MoeCase:
         if self.quantized is not None:
             for name in ("gate_up_proj", "down_proj"):
                 tensors[name] = quantize(tensors[name], self.quantized, self.fp8_activations)
-        if self.fp8_activations:
-            tensors["fp8_activations"] = True
+        for switch in ("fp8_activations", "batch_invariant"):
+            if getattr(self, switch):
+                tensors[switch] = True
         return tensors
 
     def _index(self, draw: torch.Generator) -> Tensor:
@@ -221,6 +223,7 @@ def moe_cases(
         index_dtype=draw(st.sampled_from((torch.int64, torch.int32))),
         weights_dtype=draw(st.sampled_from(DTYPES)),
         quantized=draw(st.sampled_from(formats)),
+        batch_invariant=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )
 

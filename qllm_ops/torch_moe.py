@@ -14,10 +14,14 @@ computed whole, so the result does not depend on where the run was left and take
 
 All arithmetic is in float32: 16-bit and quantised weights are widened one expert at a time, which on a CPU
 without 16-bit matrix units is also several times faster than multiplying them as they are.
+
+A batch-invariant layer has the same tiles; its products go in blocks of rows that are proven to give the same
+bits (`qllm_ops.invariant`).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -27,6 +31,7 @@ from torch import Tensor
 from qllm_ops.activation import Activation
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
+from qllm_ops.invariant import elementwise, multiply
 from qllm_ops.quantized import QuantizedWeight, rounded_rows
 
 TILE_FLOPS = 1.2e9
@@ -207,7 +212,11 @@ class TorchMoe:
             for expert, start, stop in group:
                 rows = slice(start - begin, stop - begin)
                 right = widened(weight, expert)
-                torch.mm(x[rows], right if self.inputs.transposed else right.T, out=out[rows])
+                right = right if self.inputs.transposed else right.T
+                if self.inputs.batch_invariant:
+                    multiply(x[rows], right, out=out[rows])
+                else:
+                    torch.mm(x[rows], right, out=out[rows])
         return out if bias is None else out.add_(bias.index_select(0, self._experts[begin:end]))
 
     def _combine(self, start: int, stop: int) -> None:
@@ -231,6 +240,7 @@ def can_group(inputs: MoeInputs) -> bool:
         and inputs.hidden_states.device.type == "cpu"
         and inputs.hidden_states.dtype == torch.float32
         and inputs.weight_format is None
+        and not inputs.batch_invariant
         and inputs.hidden_size % 4 == inputs.intermediate_size % 4 == 0
         and all(weight.data_ptr() % 16 == 0 for weight in weights)
     )
@@ -241,16 +251,21 @@ def activate(gate_up: Tensor, inputs: MoeInputs, out: Tensor) -> None:
     activation = inputs.activation
     if not isinstance(activation, Activation):
         out.copy_(checked("activation", activation(gate_up), out.shape))
-    elif not inputs.gated:
-        out.copy_(activation(None, gate_up))
+        return
+    if not inputs.gated:
+        parts = (gate_up,)
+        activation = functools.partial(activation, None)
     elif inputs.interleaved:
-        out.copy_(activation(gate_up[:, ::2], gate_up[:, 1::2]))
+        parts = (gate_up[:, ::2], gate_up[:, 1::2])
     else:
-        gate, up = gate_up.chunk(2, dim=1)
-        if activation == SILU:  # The most frequent one makes no new tensor.
-            torch.mul(F.silu(gate, inplace=True), up, out=out)
-        else:
-            out.copy_(activation(gate, up))
+        parts = gate_up.chunk(2, dim=1)
+    if inputs.batch_invariant:
+        out.copy_(elementwise(activation, *parts))
+    elif activation == SILU and inputs.gated:  # The most frequent one makes no new tensor.
+        gate, up = parts
+        torch.mul(F.silu(gate, inplace=True), up, out=out)
+    else:
+        out.copy_(activation(*parts))
 
 
 def checked(name: str, result: object, shape: tuple[int, ...]) -> Tensor:

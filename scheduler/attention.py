@@ -280,6 +280,12 @@ def _block(start: int, stop: int, window: int, scores: int) -> int:
     return min(block, stop - start)
 
 
+def largest_block(scores: int) -> int:
+    """Queries of the first block of a prompt. Blocks are powers of two and never grow, so that one begins at
+    every multiple of this, whatever came before it."""
+    return _block(0, 2**62, 0, scores)
+
+
 def _attend_padded(attend, query, keys, values, batch: Padded, scaling: float | None) -> torch.Tensor:
     """(heads, T, d) queries, (kv heads, N, d) keys and values -> (B, heads, d)."""
     heads, kv_heads, rows = query.shape[0], keys.shape[0], len(batch.query)

@@ -26,7 +26,7 @@ class Limits:
         kv_tokens: KV memory, in tokens, shared by all requests.
         kv_reserve: the part of it that best-effort requests may not take, aged ones neither.
         max_batch: rows of a decode batch.
-        prefill_tokens: tokens of a prefill iteration; longer prompts go in chunks of this size.
+        prefill_tokens: tokens of a prefill iteration; longer prompts go in chunks of at most this size.
         top_up_tokens: best-effort prompt tokens that may ride in an urgent prefill iteration. Each
             delays the urgent ones where prefill is bound by arithmetic, hence 0.
         be_floor: share of the time in which urgent and best-effort work compete that is given to
@@ -99,6 +99,8 @@ Outcome = tuple[int, float] | BaseException | None
 class Scheduler:
     """Decides what runs and what is paused; see the module's docstring for how it is driven.
 
+    Where a chunk of a prompt is not its end, it ends at a multiple of ``chunk_multiple``.
+
     The driver's loop, per lane: ``next(lane)``; run the batch; ``complete(batch, outcomes)`` or
     ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed (for
     the background lane that includes what the foreground was given), or at ``wake_s[lane]`` if that is set.
@@ -111,9 +113,16 @@ class Scheduler:
         *,
         flag: PriorityFlag | None = None,
         clock: Callable[[], float] = time.monotonic,
+        chunk_multiple: int = 1,
     ):
         self.policy = get_policy(policy)
         self.limits = limits or Limits()
+        if self.limits.prefill_tokens < chunk_multiple:
+            raise ValueError(
+                f"prefill_tokens must be at least {chunk_multiple} here, of which chunks of a prompt are a "
+                f"multiple, got {self.limits.prefill_tokens}"
+            )
+        self.chunk_multiple = chunk_multiple
         self.clock = clock
         self.flag = flag or PriorityFlag(clock=clock)
         self.kv = KVBudget(self.limits.kv_tokens, self.limits.kv_reserve)
@@ -300,15 +309,19 @@ class Scheduler:
         rows: list[Row] = []
         budget = self.limits.prefill_tokens
         for request in together[: self.limits.max_batch]:
-            if budget > 0:
-                rows.append(self._row(request, budget))
-                budget -= len(rows[-1].tokens)
+            budget = self._add(rows, request, budget)
         budget = min(budget, plan.rider_tokens)
         for request in riders[: self.limits.max_batch - len(rows)]:
-            if budget > 0:
-                rows.append(self._row(request, budget))
-                budget -= len(rows[-1].tokens)
+            budget = self._add(rows, request, budget)
         return rows
+
+    def _add(self, rows: list[Row], request: Request, budget: int) -> int:
+        """Add what fits of a prompt, if anything does; the budget that is left."""
+        left = len(request.prompt) - request.computed
+        length = left if left <= budget else budget - budget % self.chunk_multiple
+        if length > 0:
+            rows.append(self._row(request, length))
+        return budget - length
 
     @staticmethod
     def _row(request: Request, limit: int) -> Row:

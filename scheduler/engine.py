@@ -26,7 +26,7 @@ from qllm_ops.scheduler.core import Batch, Limits, Scheduler
 from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Policy
 from qllm_ops.scheduler.request import BE, Handle, Request, Sampling
-from qllm_ops.scheduler.runner import Runner
+from qllm_ops.scheduler.runner import Runner, chunk_multiple
 
 SWITCH_INTERVAL_S = 0.0005
 """How long one lane's Python code may hold the interpreter when the other wants it. Python's default of
@@ -71,12 +71,18 @@ class Engine:
         backend: of the experts: "auto", "torch" or "triton".
         gate: where paused work stands still on a GPU, in its thread or in its stream; see
             :class:`qllm_ops.PriorityFlag`.
+        batch_invariant: True: the tokens of a request and the logits behind them are, bit by bit, those
+            that it gets when it is alone in the engine, whatever else is served, under every policy. All
+            passes run inside of :class:`qllm_ops.batch_invariant`; rows that decode are attended one by one,
+            and chunks of a prompt end at multiples of a block of queries (512 tokens, on a GPU 1024).
         clock: monotonic time in seconds.
 
     Raises:
         ValueError: another engine serves the model; or it has no MoE layers, a layout that is not
             supported, attention that the engine's does not reproduce, or modules that change themselves
-            in a forward pass, so that two lanes would corrupt each other's (both checked on a few tokens).
+            in a forward pass, so that two lanes would corrupt each other's; or it is to be batch invariant
+            and its logits are not (all checked on a few tokens).
+        NotInvariantError: the device's products are not batch invariant in any way that was tried.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Engine:
         limits: Limits | None = None,
         backend: str = "auto",
         gate: str = "host",
+        batch_invariant: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         if model.training:
@@ -94,12 +101,15 @@ class Engine:
         self.model, self.clock, self.log = model, clock, Log(clock)
         device = next(model.parameters()).device
         self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event, gate=gate)
-        self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock)
+        multiple = chunk_multiple(device, batch_invariant)
+        self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock, chunk_multiple=multiple)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_only_engine(model))
             self.report = stack.enter_context(installed(model, backend=backend))
             self.runner = stack.enter_context(
-                contextlib.closing(Runner(model, self.scheduler.limits.kv_tokens, self.flag, self.log))
+                contextlib.closing(
+                    Runner(model, self.scheduler.limits.kv_tokens, self.flag, self.log, batch_invariant)
+                )
             )
             self._give_back = stack.pop_all().close
         self._changed = threading.Condition()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from qllm_ops import PriorityFlag
+from qllm_ops import PriorityFlag, invariant
 from qllm_ops.models import preemptible, warming_up
 from qllm_ops.models.experts import is_dispatched
 from qllm_ops.scheduler import attention
@@ -35,6 +35,21 @@ def _positions(config: PreTrainedConfig) -> int | None:
     if positions is not None and rope.get("rope_type") == "dynamic":
         return int(positions * rope.get("factor", 1.0))  # here, the config gives what it was trained for
     return positions
+
+
+def attention_limits(device: torch.device, batch_invariant: bool) -> tuple[int, int]:
+    """`block_scores` and `padded_bytes` of the iterations."""
+    if device.type == "cpu":
+        block_scores, padded_bytes = attention.BLOCK_SCORES, attention.PADDED_BYTES
+    else:  # a GPU gets through any attention, and copies keys, faster than calls can be launched
+        block_scores, padded_bytes = 2**62, 64 * attention.PADDED_BYTES
+    # How long a padded batch is depends on the other rows in it.
+    return block_scores, 0 if batch_invariant else padded_bytes
+
+
+def chunk_multiple(device: torch.device, batch_invariant: bool) -> int:
+    """Of what chunks of a prompt are a multiple, so that attention makes the same blocks of any chunks."""
+    return attention.largest_block(attention_limits(device, True)[0]) if batch_invariant else 1
 
 
 class Routes:
@@ -80,25 +95,31 @@ class Runner:
     """Executes batches on a model that both lanes share. What differs per lane is thread-local: grad
     mode, the stream, which rows attention sees, and what the experts poll."""
 
-    def __init__(self, model: torch.nn.Module, kv_tokens: int, flag: PriorityFlag, log: Log):
-        self.model, self.flag, self.log = model, flag, log
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        kv_tokens: int,
+        flag: PriorityFlag,
+        log: Log,
+        batch_invariant: bool = False,
+    ):
+        self.model, self.flag, self.log, self.batch_invariant = model, flag, log, batch_invariant
         self.device = next(model.parameters()).device
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.max_positions = _positions(model.config.get_text_config())
         self.pool = KVPool(model, kv_tokens)
         self._cache = attention.cache_argument(model)
-        if self.device.type == "cpu":
-            self._limits = (attention.BLOCK_SCORES, attention.PADDED_BYTES)
-        else:  # a GPU gets through any attention, and copies keys, faster than calls can be launched
-            self._limits = (2**62, 64 * attention.PADDED_BYTES)
+        self._limits = attention_limits(self.device, batch_invariant)
         routes = Routes(model)
-        with warming_up(flag, BE), routes.recorded():
+        with warming_up(flag, BE), routes.recorded(), self._invariance():
             expected = self._probe_plain()
         self._check_unchanged()
         attention.ATTENTION.remember(model)
         try:
             model.set_attn_implementation(attention.NAME)
             self._check(expected, routes)
+            if batch_invariant:
+                self._check_batch_invariant()
         except BaseException:
             self.close()
             raise
@@ -154,7 +175,7 @@ class Runner:
         """Logits of each row's last token, (rows, vocabulary), on the CPU."""
         position = [p for s in rows.segments for p in range(s.past, s.total)]
         last = [s.query + s.length - 1 for s in rows.segments]
-        with ragged(rows):
+        with ragged(rows), self._invariance():
             out = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([position], device=self.device),
@@ -166,6 +187,9 @@ class Runner:
         if len(logits) != len(last):  # not every model knows logits_to_keep
             logits = logits[last]
         return logits.cpu()
+
+    def _invariance(self) -> contextlib.AbstractContextManager:
+        return invariant.batch_invariant() if self.batch_invariant else contextlib.nullcontext()
 
     def _attention_gate(self) -> None:
         """Where a pass that is paused between tiles also stops: between two blocks of queries."""
@@ -248,3 +272,32 @@ class Runner:
                 f"{error:.2g} of the largest one (at most {allowed:.0e} is rounding): this model's attention "
                 "is not supported"
             )
+
+    COMPANY = 300  # most tokens of another row beside the probe: a few blocks of each size
+
+    @torch.inference_mode()
+    def _check_batch_invariant(self) -> None:
+        n = self.PROBE
+        room = min(self.COMPANY, self.pool.tokens - n - 1, (self.max_positions or self.COMPANY + 1) - 1)
+        alone = self._probe_beside(0)
+        for company in (1, room):
+            difference = (self._probe_beside(company) - alone).abs().max() / alone.abs().max().clamp_min(1e-6)
+            if not difference == 0:
+                raise ValueError(
+                    f"{type(self.model).__name__}: batch_invariant=True cannot be had: the logits of a probe "
+                    f"change by {difference:.2g} of the largest one beside {company} tokens of another row"
+                )
+
+    def _probe_beside(self, company: int) -> torch.Tensor:
+        """The probe's logits, all tokens but the last as a prompt and then the last, behind a row that has
+        so many tokens and then one more; 0 for no such row."""
+        n, ids = self.PROBE, self._probe_ids()
+        logits = []
+        for past, length, other in ((0, n - 1, company), (n - 1, 1, min(company, 1))):
+            segments = [Segment(other, length, past, 0)]
+            if other:
+                segments.insert(0, Segment(0, other, company if past else 0, n))
+            rows = Ragged(segments, None, *self._limits)
+            others = [(i * 5 + 3) % self.vocab_size for i in range(other)]
+            logits.append(self._forward(others + ids[past : past + length], rows)[-1])
+        return torch.stack(logits)

@@ -125,6 +125,59 @@ def test_other_architectures(preset):
         assert [handle.result(WAIT_S) for handle in handles] == expected
 
 
+# -- whatever else is served ---------------------------------------------------------------------------
+
+CHUNK = 512  # of what chunks of a prompt are a multiple where an engine is batch invariant, on a CPU
+MIXED = [(700, BE), (5, LS), (40, BE), (300, LS), (1, BE), (64, LS), (CHUNK + 1, BE), (1025, LS), (17, BE)]
+
+
+def logits_alone(model, requests: dict, **options) -> dict:
+    with Engine(model, batch_invariant=True, **options) as engine:
+        seen = record_logits(engine)
+        for id, (ids, priority) in requests.items():
+            engine.submit(ids, priority=priority, max_new_tokens=8, id=id).result(WAIT_S)
+    return seen
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("preset", ["tiny", "tiny-deepseek-v3", "gpt_oss"])
+def test_batch_invariant_logits_are_those_of_the_request_alone(preset, policy):
+    """Bit by bit: in a full decode batch, in chunks, beside other prompts, and preempted."""
+    model = tiny_model(preset) if preset == "gpt_oss" else make_preset(preset)
+    requests = {f"r{i}": (prompt(n, i), priority) for i, (n, priority) in enumerate(MIXED)}
+    options = {"policy": policy, "limits": Limits(kv_tokens=4096, kv_reserve=1100, prefill_tokens=CHUNK)}
+    alone = logits_alone(model, requests, **{**options, "policy": "fcfs"})
+    draw = random.Random(f"{preset}/{policy}")
+    with Engine(model, batch_invariant=True, **options) as engine:
+        seen, handles = record_logits(engine), []
+        for id, (ids, priority) in requests.items():
+            handles.append(engine.submit(ids, priority=priority, max_new_tokens=8, id=id))
+            time.sleep(draw.choice([0, 0.02]))
+        for handle in handles:
+            handle.result(WAIT_S)
+        assert any(span.tokens > 1 for span in engine.log.spans if span.kind == "decode")
+    for id, (ids, _) in requests.items():
+        for end in range(len(ids), len(ids) + 8):
+            assert torch.equal(seen[id, end], alone[id, end]), (id, end)
+
+
+def test_what_is_not_batch_invariant_is_refused(model):
+    def mean_of_the_batch(module, args, output):
+        return output + 1e-5 * output.mean(dim=1, keepdim=True)
+
+    hook = model.model.norm.register_forward_hook(mean_of_the_batch)
+    try:
+        with pytest.raises(ValueError, match="batch_invariant=True cannot be had: the logits of a probe"):
+            Engine(model, limits=Limits(kv_tokens=1024, kv_reserve=0), batch_invariant=True)
+    finally:
+        hook.remove()
+    with pytest.raises(ValueError, match=f"prefill_tokens must be at least {CHUNK}.*got 511"):
+        Engine(model, limits=Limits(prefill_tokens=CHUNK - 1), batch_invariant=True)
+    # Nothing is left behind, and no batch has to be invariant that was not asked to.
+    with Engine(model, limits=LIMITS) as engine:
+        assert engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S) == generated(model, prompt(5), 2)
+
+
 def test_a_model_that_gives_the_logits_of_every_token():
     """Not every model knows logits_to_keep (Qwen3-Omni does not)."""
     model = make_preset("tiny")

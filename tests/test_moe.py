@@ -352,8 +352,3 @@ def test_warm_up_wants_what_moe_wants():
         qllm_ops.warm_up(**{**tensors, "activation": "swish"})
     with pytest.raises(TypeError, match="flag"):
         qllm_ops.warm_up(**tensors, flag=1)
-
-
-def test_batch_invariance_is_not_promised_where_it_does_not_hold():
-    with pytest.raises(ValueError, match="batch_invariant=True needs the triton backend"):
-        moe(**CASE.tensors(), batch_invariant=True, backend="torch")

@@ -3,6 +3,7 @@
 import itertools
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import qllm_ops
 from qllm_ops import MoeRun, PriorityFlag, torch_moe
 from qllm_ops.quantized import FORMATS
 from qllm_ops.testing import (
+    CLAMPED,
     MoeCase,
     assert_close,
     assert_preemptible,
@@ -68,6 +70,34 @@ def test_a_second_thread_flips_the_flag(case, seed, quanta):
         assert seen == sorted(seen)
         assert run.tiles_done == run.tiles_total
         assert_same_bits(run.output, expected)
+
+
+def assert_batch_invariant(case: MoeCase, chosen: list[int]) -> None:
+    """Some of the tokens, in any order, have the bits that they have in the whole batch."""
+    tensors, whole = case.tensors(), alone(case)
+    for name in ("hidden_states", "top_k_index", "top_k_weights"):
+        tensors[name] = tensors[name][chosen]
+    assert_same_bits(qllm_ops.moe(**tensors, backend="torch"), whole[chosen])
+
+
+@given(moe_cases(formats=(None, *FORMATS)), st.lists(st.integers(0, 47), unique=True))
+def test_batch_invariance(case, chosen):
+    case = replace(case, batch_invariant=True)
+    assert_batch_invariant(case, [token for token in chosen if token < case.num_tokens])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", CLAMPED[0]])
+def test_batch_invariance_of_larger_layers(dtype, activation, tiles):
+    """Blocks of many rows, sizes that threads and vectors divide badly, and the bits differ without it."""
+    if tiles == "small tiles":
+        pytest.skip("larger tiles are meant")
+    case = MoeCase(700, 160, 1000, 3, 2, dtype, activation, biases=True, batch_invariant=True)
+    for chosen in ([5], [699, 0], list(range(1, 700, 50)), list(range(37, 680))):
+        assert_batch_invariant(case, chosen)
+    if dtype == torch.float32 and torch.backends.mkl.is_available():
+        with pytest.raises(AssertionError):
+            assert_batch_invariant(replace(case, batch_invariant=False), [5])
 
 
 LARGE = MoeCase(700, 64, 96, 6, 2)
