@@ -1,8 +1,9 @@
-"""The engine's throughput without preemption, against transformers' `generate` on the same batch.
+"""The engine's throughput without preemption, against transformers' `generate` on the same batch, and what it
+costs that a request's bits do not depend on its batch.
 
     python perf/bench_engine.py [--rows 8] [--prompt 256] [--new 32] [--runs 5] [--out FILE]
 
-Both run the same model of random weights with the same experts kernels, greedy, in alternating order.
+All run the same model of random weights with the same experts kernels, greedy, in alternating order.
 `generate` gets the whole batch at once, all prompts of one length: without padding, the best it can do.
 """
 
@@ -61,16 +62,19 @@ def main() -> None:
     rows = []
     for length in args.prompt:
         prompts = torch.randint(vocabulary, (args.rows, length), generator=random).tolist()
-        theirs, ours, equal = [], [], 0
+        theirs, ours, invariant, equal = [], [], [], 0
         for run in range(args.runs + 1):  # the first warms up
             seconds, expected = with_generate(model, prompts, args.new)
             # One prefill of the whole batch, as generate does.
-            limits = Limits(max_batch=args.rows, prefill_tokens=args.rows * length, kv_reserve=0)
+            limits = Limits(max_batch=args.rows, prefill_tokens=max(args.rows * length, 1024), kv_reserve=0)
             with Engine(model, policy="fcfs", limits=limits) as engine:
                 ours_seconds, got = with_engine(engine, prompts, args.new)
+            with Engine(model, policy="fcfs", limits=limits, batch_invariant=True) as engine:
+                invariant_seconds, _ = with_engine(engine, prompts, args.new)
             if run:
                 theirs.append(seconds)
                 ours.append(ours_seconds)
+                invariant.append(invariant_seconds)
                 equal += got == expected
         rate = args.rows * (length + args.new)
         rows.append(
@@ -81,6 +85,10 @@ def main() -> None:
                 "ratio": statistics.median(a / b for a, b in zip(theirs, ours, strict=True)),
                 "generate_s": theirs,
                 "engine_s": ours,
+                "batch_invariant_s": invariant,
+                "batch_invariant_times_as_long": statistics.median(
+                    b / a for a, b in zip(ours, invariant, strict=True)
+                ),
                 "runs_with_equal_tokens": equal,
             }
         )
@@ -90,6 +98,7 @@ def main() -> None:
         "engine tok/s",
         "engine / generate",
         "equal tokens",
+        "batch invariant, times as long",
         title=f"{args.rows} rows, {args.new} new tokens",
     )
     for row in rows:
@@ -99,6 +108,7 @@ def main() -> None:
             f"{row['engine_tokens_per_s']:.0f}",
             f"{row['ratio']:.3f}",
             f"{row['runs_with_equal_tokens']}/{args.runs}",
+            f"{row['batch_invariant_times_as_long']:.2f}",
         )
     Console().print(table)
     if args.out:

@@ -304,7 +304,7 @@ def case_line(case: dict[str, Any]) -> str:
 
 HEADINGS = (
     *("model and tokens", "ours us (quartiles)", "best peer", "times faster (quartiles)"),
-    *("times faster than bf16", "floor us", "of copy", "of matmul", "polling", "memory"),
+    *("times faster than bf16", "floor us", "of copy", "of matmul", "polling", "batch invariant", "memory"),
 )
 
 
@@ -341,6 +341,7 @@ def cells(case: dict[str, Any]) -> tuple[str, ...]:
         f"{case['of_copy'] * 100:.0f} %",
         f"{case['of_matmul'] * 100:.0f} %",
         f"{polled['overhead'] * 100:+.2f} %" if "overhead" in polled else polled["error"],
+        f"{case['batch_invariant_times_as_long']['p50']:.2f}x as long",
         f"{memory_ratio(memory):.2f}x" if memory else "not measured",
     )
 

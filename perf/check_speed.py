@@ -44,6 +44,7 @@ from qllm_ops import PriorityFlag, moe
 TOKENS = (1, 8, 32, 256, 2048, 8192)
 
 ROUNDED = "fp8_activations"
+INVARIANT = "batch_invariant"
 """What ours with the option of that name is called among the implementations that are timed."""
 
 ROUNDED_ACTIVATIONS = 0.1
@@ -255,6 +256,7 @@ def compare(
         dense: the inputs with the weights before they were quantised: ours with those is timed, too, and
             how many times as long it takes is "times_faster_than_dense" of the row.
 
+    Ours is timed with `batch_invariant` as well: "batch_invariant_times_as_long" of the row.
     With FP8 weights and hidden states of 16 bits ours is timed with `fp8_activations` as well, where the
     device has them: how many times faster that is, is "fp8_activations_faster" of the row.
     """
@@ -282,6 +284,10 @@ def compare(
             continue
         calls[name] = functools.partial(_every, layers)
     timed = dict(calls)
+    timed[INVARIANT] = functools.partial(
+        _every, [functools.partial(call, batch_invariant=True) for call in ours]
+    )
+    timed[INVARIANT]()  # on a CPU, the proofs of its products
     if dense is not None:
         timed[DENSE] = functools.partial(
             _every, [functools.partial(moe, *tensors, backend=c.backend) for tensors in dense]
@@ -301,6 +307,7 @@ def compare(
         for name in times
         if name != "qllm"
     }
+    row["batch_invariant_times_as_long"] = ratio.pop(INVARIANT)
     if DENSE in ratio:
         row["times_faster_than_dense"] = ratio.pop(DENSE)
     if ROUNDED in ratio:

@@ -111,7 +111,7 @@ def bench_moe(result: Result) -> Iterator[str]:
         yield from ("", f"![time per layer over tokens](../perf/results/{picture.name})")
     yield ""
     against = ("best peer", "times faster", "times faster than bf16")
-    columns = ("us", *against, "floor us", "of copy", "of matmul", "polling", "memory")
+    columns = ("us", *against, "floor us", "of copy", "of matmul", "polling", "batch invariant", "memory")
     yield from table(("model, tokens", *columns), [_moe_cells(case) for case in document["cases"]])
     absent = sorted(
         {f"{peer}: {why}" for why_not in document["absent"].values() for peer, why in why_not.items()}
@@ -121,7 +121,7 @@ def bench_moe(result: Result) -> Iterator[str]:
 
 def _moe_cells(case: dict[str, Any]) -> tuple[str, ...]:
     if "error" in case or "of_copy" not in case:
-        return name_of(case), case.get("error", "not measured"), *[""] * 8
+        return name_of(case), case.get("error", "not measured"), *[""] * 9
     dense = case.get("times_faster_than_dense")
     best, polled = best_peer(case), case["polling"]
     star = " (with gaps between its kernels)" if best and best[0] in case["not_captured"] else ""
@@ -135,6 +135,7 @@ def _moe_cells(case: dict[str, Any]) -> tuple[str, ...]:
         f"{case['of_copy'] * 100:.0f} %",
         f"{case['of_matmul'] * 100:.0f} %",
         f"{polled['overhead'] * 100:+.2f} %" if "overhead" in polled else "not measured",
+        f"{case['batch_invariant_times_as_long']['p50']:.2f}x as long",
         f"{memory_ratio(case['memory']):.2f}x" if case["memory"] else "not measured",
     )
 
@@ -232,6 +233,7 @@ def bench_engine(result: Result) -> Iterator[str]:
             f"{row['engine_tokens_per_s']:.0f}",
             f"{row['ratio']:.3f}",
             f"{row['runs_with_equal_tokens']} of {len(row['engine_s'])}",
+            f"{row['batch_invariant_times_as_long']:.2f}",
         )
         for row in document["rows"]
     ]
@@ -242,6 +244,7 @@ def bench_engine(result: Result) -> Iterator[str]:
             "engine, tokens/s",
             "engine / generate",
             "runs, equal tokens",
+            "batch invariant, times as long",
         ),
         rows,
     )

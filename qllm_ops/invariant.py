@@ -296,6 +296,7 @@ _HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _reduction),
     **dict.fromkeys((F.silu, F.gelu, F.softplus, F.sigmoid, torch.sigmoid, Tensor.sigmoid), _curve),
+    **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), _curve),
 }
 
 
@@ -314,12 +315,13 @@ class batch_invariant(TorchFunctionMode):
             hidden_states = block(hidden_states)
 
     That holds for :func:`qllm_ops.moe`, products by a matrix (`linear`, `matmul`), means and sums over the
-    last dimension, and `silu`, `gelu`, `softplus` and `sigmoid`. Other functions that torch computes row by
-    row were found to be so by themselves, on a CPU. It does not hold for attention, where the rows' lengths
-    matter: :class:`qllm_ops.scheduler.Engine` sees to that.
+    last dimension, and `silu`, `gelu`, `softplus`, `sigmoid` and `rsqrt`. Other functions that torch computes
+    row by row were found to be so by themselves, on a CPU. It does not hold for attention, where the rows'
+    lengths matter: :class:`qllm_ops.scheduler.Engine` sees to that.
 
     A single row takes as long as 16 of them in a product on a CPU, and as 128 on a GPU. The first product of
-    a shape is preceded by its proof, which takes as long as about 2000 rows, and waits for the device.
+    a shape is preceded by its proof, which takes as long as 3500 rows (on a GPU 28,000), needs the memory of
+    one more such weight meanwhile, and waits for the device.
 
     Raises:
         NotInvariantError: in the body, where the library's product is not so at any size.

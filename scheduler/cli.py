@@ -188,6 +188,14 @@ def replay(
     be_floor: Annotated[
         float, _in(ENGINE, "--be-floor", "Share of contended time that BE is sure of, 0 to below 1.")
     ] = 0.05,
+    batch_invariant: Annotated[
+        bool,
+        _in(
+            ENGINE,
+            "--batch-invariant",
+            "Give a request the tokens that it gets alone, bit by bit, whatever else is served; costs speed.",
+        ),
+    ] = False,
     aging: Annotated[
         float | None, _in(ENGINE, "--aging", "Age in seconds at which a BE request becomes urgent.")
     ] = None,

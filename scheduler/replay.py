@@ -60,6 +60,7 @@ def run_all(
     seed: int = 0,
     backend: str = "auto",
     gate: str = "host",
+    batch_invariant: bool = False,
     slo_s: float | None = None,
     drain_timeout_s: float = DRAIN_TIMEOUT_S,
     progress: Callable[[str, Progress], None] | None = None,
@@ -75,6 +76,7 @@ def run_all(
         The runs by name, "ls_alone" first if there are LS requests, and the SLO in seconds.
     """
     options = {"limits": limits, "seed": seed, "backend": backend, "gate": gate}
+    options["batch_invariant"] = batch_invariant
     plan = [(LS_ALONE, "tile", [a for a in arrivals if a.priority >= LS])]
     plan += [(get_policy(policy).name, policy, arrivals) for policy in policies]
     if slo_s is None:
@@ -99,6 +101,7 @@ def replay(
     seed: int = 0,
     backend: str = "auto",
     gate: str = "host",
+    batch_invariant: bool = False,
     temperature: float = 0.0,
     top_p: float = 1.0,
     drain_timeout_s: float = DRAIN_TIMEOUT_S,
@@ -112,7 +115,7 @@ def replay(
     requests that were. An exception, Ctrl-C included, closes the engine on its way out.
 
     Args:
-        model, backend, gate: as for :class:`Engine`.
+        model, backend, gate, batch_invariant: as for :class:`Engine`.
         seed: of the prompts and, where ``temperature`` is above 0, of each request's own sampling.
 
     Returns:
@@ -126,7 +129,8 @@ def replay(
     arrivals = sorted(arrivals, key=lambda a: a.arrival_s)
     if not arrivals:
         raise ValueError("arrivals must hold at least one request, got none")
-    engine = Engine(model, policy=policy, limits=limits, backend=backend, gate=gate)
+    options = {"backend": backend, "gate": gate, "batch_invariant": batch_invariant}
+    engine = Engine(model, policy=policy, limits=limits, **options)
     stuck = False
     try:
         warm_up(engine, max(a.prompt_tokens for a in arrivals))
@@ -322,6 +326,7 @@ def measure_slo(
     seed: int = 0,
     backend: str = "auto",
     gate: str = "host",
+    batch_invariant: bool = False,
     prompt_tokens: int = 64,
     steps: int = 16,
 ) -> float:
@@ -331,7 +336,8 @@ def measure_slo(
     as the paper's is one of its batch of 32. The median of about ``steps`` iterations counts.
     """
     limits = limits or Limits()
-    with Engine(model, policy="priority", limits=limits, backend=backend, gate=gate) as engine:
+    options = {"backend": backend, "gate": gate, "batch_invariant": batch_invariant}
+    with Engine(model, policy="priority", limits=limits, **options) as engine:
         warm_up(engine, prompt_tokens)
         steps = min(steps, max(2, limits.kv_tokens // 2))
         prompt_tokens = max(1, min(prompt_tokens, limits.kv_tokens // limits.max_batch - steps))

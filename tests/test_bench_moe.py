@@ -229,7 +229,9 @@ def test_a_peer_is_compared_only_if_its_output_is_ours(tiny):
 
     row = compared(tiny, {"wrong": wrong, "right": right})
     assert list(row["ratio"]) == ["right"]
-    assert set(row["graph_us"]) == {"qllm", "right"}
+    assert set(row["graph_us"]) == {"qllm", "batch_invariant", "right"}
+    assert set(row["ratio"]) == {"right"}
+    assert row["batch_invariant_times_as_long"]["n"] >= 7
     assert "is not ours" in row["peers"]["wrong"]
 
 

@@ -40,9 +40,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         limits=limits_strategy(),
         classes=st.integers(2, 3),
         seed=st.integers(0, 2**16),
+        multiple=st.sampled_from([1, 1, 2, 5]),
     )
-    def create(self, policy, limits, classes, seed):
-        self.engine = VirtualEngine(policy, limits, seed=seed, classes=classes)
+    def create(self, policy, limits, classes, seed, multiple):
+        multiple = min(multiple, limits.prefill_tokens)
+        self.engine = VirtualEngine(policy, limits, seed=seed, classes=classes, chunk_multiple=multiple)
 
     @rule(
         count=st.integers(1, 4),
@@ -560,6 +562,18 @@ def test_a_refused_request_is_told_why_and_disturbs_nobody(changes, message):
 def test_bad_limits_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
         Scheduler("tile", Limits(**{name: value}))
+
+
+def test_chunks_end_at_multiples():
+    """What is left of an iteration goes to a prompt that fits; the others get what is a multiple of it."""
+    engine = VirtualEngine("fcfs", limits_of(prefill_tokens=30), chunk_multiple=8)
+    for length in (10, 40, 3):
+        engine.submit(length)
+    assert engine.drain(100)
+    chunks = [[(r.start, r.end) for r in batch.rows] for batch in engine.history if batch.kind == "prefill"]
+    assert chunks == [[(0, 10), (0, 16), (0, 3)], [(16, 40)]]
+    with pytest.raises(ValueError, match=r"prefill_tokens must be at least 8 here.*got 7"):
+        Scheduler("fcfs", limits_of(prefill_tokens=7), chunk_multiple=8)
 
 
 def test_the_flag_need_not_be_given():

@@ -57,6 +57,27 @@ def test_the_tokens_of_generate_or_a_refusal(folder):
     assert choices(model) == before
 
 
+@pytest.mark.parametrize("folder", sorted(SERVED & ROWS.keys()))
+def test_batch_invariance(folder):
+    """How far the best logit lies above the second best has the bits that it has for the request alone."""
+    model, _, reason = first_model(*ROWS[folder].load())
+    if model is None or not model.can_generate():
+        pytest.skip(f"no tiny language model of {folder}: {reason or 'it has no head'}")
+    if folder == "aria" and not ROWS[folder].dispatched:
+        pytest.skip("transformers does not dispatch it before 5.23")
+    requests = [prompt(n) for n in (40, 5, 17, 3, 33)]
+    margins = []
+    for together in (False, True):
+        with Engine(model, limits=Limits(kv_tokens=512, kv_reserve=0), batch_invariant=True) as engine:
+            handles = []
+            for i, ids in enumerate(requests):
+                handles.append(engine.submit(ids, max_new_tokens=4, priority=i % 2))
+                if not together:
+                    handles[-1].result(60)
+            margins.append([(handle.result(60), handle.request.margins) for handle in handles])
+    assert margins[0] == margins[1]
+
+
 def test_a_model_that_attends_in_chunks_is_served_within_the_first():
     """Its mask says where a chunk ends, and the engine looks at no mask."""
     model, _, _ = first_model(*ROWS["llama4"].load())

@@ -183,6 +183,7 @@ CURVES = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "softplus": F.softplus,
     "sigmoid": torch.sigmoid,
+    "rsqrt": lambda x: torch.rsqrt(x.abs() + 1),
 }
 
 

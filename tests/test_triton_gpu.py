@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from qllm_ops import PriorityFlag, moe
+from qllm_ops import PriorityFlag, batch_invariant, moe
 from qllm_ops.activation import ACTIVATIONS
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
@@ -408,6 +409,46 @@ def test_batch_invariance(few):
     batch = ("hidden_states", "top_k_index", "top_k_weights")
     alone = replace(inputs, **{name: vars(inputs)[name][chosen] for name in batch})
     assert torch.equal(uninterrupted(alone), whole[chosen])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_invariance_of_torchs_products_and_norms(dtype):
+    def block(x):
+        x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(dtype)
+        return F.linear(F.silu(F.linear(x, up)), down, bias).sum(-1)
+
+    g = torch.Generator("cuda").manual_seed(0)
+    up, down, bias, x = (
+        torch.randn(shape, generator=g, device="cuda", dtype=dtype)
+        for shape in ((1500, 1024), (640, 1500), (640,), (3000, 1024))
+    )
+    with torch.no_grad(), batch_invariant():
+        whole = block(x)
+        for few in (1, 7, 64, 300, 2000):
+            chosen = torch.randperm(3000, device="cuda")[:few]
+            assert torch.equal(block(x[chosen]), whole[chosen])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-deepseek-v3"])
+def test_a_batch_invariant_engine(preset):
+    """Each request has the tokens and the margins that it has alone, in chunks and preempted as well."""
+    from qllm_ops.models.presets import make_preset
+    from qllm_ops.scheduler import Engine
+    from qllm_ops.scheduler.core import Limits
+
+    model = make_preset(preset).to("cuda")
+    prompts = [torch.randint(128, (n,)).tolist() for n in (1500, 5, 40, 300, 1, 64, 1025)]
+    seen = []
+    for together in (False, True):
+        limits = Limits(kv_tokens=8192, prefill_tokens=1024)
+        with Engine(model, limits=limits, batch_invariant=True) as engine:
+            handles = []
+            for i, ids in enumerate(prompts):
+                handles.append(engine.submit(ids, max_new_tokens=8, priority=i % 2))
+                if not together:
+                    handles[-1].result(60)
+            seen.append([(handle.result(60), handle.request.margins) for handle in handles])
+    assert seen[0] == seen[1]
 
 
 def test_warm_up_leaves_nothing_to_compile():

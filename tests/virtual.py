@@ -119,10 +119,13 @@ class VirtualEngine:
         classes: int = 2,
         cost: Callable[[Batch], float] | None = None,
         on_end: Callable[[Request], None] = lambda request: None,
+        chunk_multiple: int = 1,
     ):
         self.clock = Clock()
         self.flag = PriorityFlag(classes=classes, clock=self.clock)
-        self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=self.clock)
+        self.scheduler = Scheduler(
+            policy, limits, flag=self.flag, clock=self.clock, chunk_multiple=chunk_multiple
+        )
         self.limits = limits
         self.preempts = self.scheduler.policy.granularity is not None
         self.fates: dict[str, Fate] = {}
@@ -236,6 +239,10 @@ class VirtualEngine:
         assert all(self.fates[r.id].ends == 0 for r in rows), "an ended request runs"
         if batch.kind == "prefill":
             assert sum(len(row.tokens) for row in batch.rows) <= self.limits.prefill_tokens
+            multiple = self.scheduler.chunk_multiple
+            assert all(row.samples or row.end % multiple == 0 for row in batch.rows), (
+                "a chunk of another size"
+            )
         else:
             assert all(len(row.tokens) == 1 for row in batch.rows)
         if batch.lane == BACKGROUND:
