@@ -678,18 +678,20 @@ def layer_configs(
 
 
 def partial_width(
-    num_pairs: int, hidden_size: int, intermediate_size: int, down: TileConfig, itemsize: int
+    num_pairs: int, hidden_size: int, intermediate_size: int, down: TileConfig, itemsize: int, times: int = 1
 ) -> int:
     """How many columns of the output are computed before the next ones begin: W of the kernels' `partial`.
 
-    All of them, unless that buffer would be both large and larger than the intermediate activations; then as
-    many as make it about as large as those. Every chunk costs two launches, and the end of each is idle time.
+    A number there takes ``times`` as many bytes as one of the activations, ``itemsize``. All of them, unless
+    that buffer would be both large and larger than the intermediate activations; then as many as make it
+    about as large as those. Every chunk costs two launches, and the end of each is idle time.
     """
-    column = num_pairs * down.split_k * itemsize
-    small = column * hidden_size <= PARTIAL_BYTES or down.split_k * hidden_size <= intermediate_size
+    column = down.split_k * times  # in numbers of the activations, for each pair
+    small = column * num_pairs * itemsize * hidden_size <= PARTIAL_BYTES
+    small = small or column * hidden_size <= intermediate_size
     if small or hidden_size % 16:  # then a chunk would need kernels of its own, compiled for its alignment
         return hidden_size
-    most = max(1, intermediate_size // down.split_k // down.block_n)  # column blocks in a chunk
+    most = max(1, intermediate_size // column // down.block_n)  # column blocks in a chunk
     blocks = math.ceil(hidden_size / down.block_n)
     chunks = min(math.ceil(blocks / most), (MAX_PHASES - 1) // 2)
     return min(hidden_size, math.ceil(blocks / chunks) * down.block_n)

@@ -19,6 +19,7 @@ from qllm_ops.kernels import moe as kernels
 from qllm_ops.kernels.by_two import by_two
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import (
+    W8A8,
     TileConfig,
     arch_of,
     compile_options,
@@ -65,8 +66,8 @@ class TritonMoe:
     W is H as long as the second term is below 64 MiB or below the first; beyond that, the output is computed
     in chunks of W columns (at most 15), which make it about as large as the first. Besides, 4 * (98 + 3 *
     (E + 1)) + 16 * P bytes of state and order, and a word for each program where tiles have an exit inside.
-    An activation of yours makes the first term P * 2I floats, an expert_norm the second one P * H floats;
-    weights_on_input takes P weights of one.
+    An activation of yours makes the first term P * 2I floats, an expert_norm the second one P * H floats; so
+    do quantised weights with bfloat16 (S * P * W of them); weights_on_input takes P weights of one.
 
     Args:
         tiles: the configuration of each phase, instead of the one that `qllm_ops.tiles` picks.
@@ -214,7 +215,17 @@ class TritonMoe:
         if x.expert_norm is not None:  # which is a norm of whole rows
             return x.hidden_size
         sizes = (x.num_tokens * x.top_k, x.hidden_size, x.intermediate_size)
-        return partial_width(*sizes, self.tiles["down"], x.hidden_states.itemsize)
+        itemsize = x.hidden_states.itemsize
+        return partial_width(*sizes, self.tiles["down"], itemsize, self._partial_dtype.itemsize // itemsize)
+
+    @property
+    def _partial_dtype(self) -> torch.dtype:
+        """Of what each expert gives a token, before the weighted sum."""
+        x = self.inputs
+        # As before a fused activation, nothing is rounded before a norm of the experts' outputs. And bfloat16
+        # weights that were widened are rounded already: one rounding more would take the error past 4e-3.
+        rounded = x.product_format not in (None, W8A8) and x.hidden_states.dtype == torch.bfloat16
+        return torch.float32 if rounded or x.expert_norm is not None else x.hidden_states.dtype
 
     def _cut_into_phases(self) -> list[Phase]:
         x = self.inputs
@@ -271,9 +282,7 @@ class TritonMoe:
             self._intermediate = new(self._pairs, x.gate_up_size, dtype=torch.float32)
         else:
             self._intermediate = new(self._pairs, x.intermediate_size)
-        # As before a fused activation, nothing is rounded before a norm of the experts' outputs.
-        dtype = x.hidden_states.dtype if x.expert_norm is None else torch.float32
-        self._partial = new(self.tiles["down"].split_k, self._pairs, self._width, dtype=dtype)
+        self._partial = new(self.tiles["down"].split_k, self._pairs, self._width, dtype=self._partial_dtype)
         self._allocate_state()
 
     def _allocate_state(self) -> None:

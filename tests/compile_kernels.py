@@ -115,6 +115,8 @@ def compile_kernel(request: dict, directory: Path) -> dict:
     arguments = {**ARGUMENTS, "weight_scale_ptr": f"*{scale}"}
     if quantized["FORMAT"]:
         arguments["weight_ptr"] = "*u8"
+        if request["dtype"] == "bf16" and request["format"] != "fp8_w8a8":
+            arguments["partial_ptr"] = "*fp32"
     if (request.get("format") or "").endswith("_asymmetric"):
         arguments["weight_zero_ptr"] = "*u8"
     else:

@@ -1,12 +1,15 @@
-"""Runs PTX on a CPU: the instructions that products of quantised weights are made of, by NVIDIA's PTX manual.
+"""Runs PTX on a CPU: the instructions that the kernels of `qllm_ops` are made of, by NVIDIA's PTX manual.
 
 Two things are run: inline assembly under Triton's interpreter, which refuses it (`with emulated():`), and
-what Triton has compiled for a card that this machine does not have (`launch`), one block of threads in step.
-What is not implemented raises; nothing is guessed.
+what Triton has compiled for a card that this machine does not have (`launch`). The threads of a block go in
+step; blocks take turns at their atomic operations. What is not implemented raises; nothing is guessed, and no
+memory is touched but that of the arguments.
 """
 
+import random
 import re
 from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -14,16 +17,24 @@ import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 TYPES = {
-    "b8": np.uint8, "b16": np.uint16, "u16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
-    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f32": np.float32,
+    "pred": np.uint8, "b8": np.uint8, "u8": np.uint8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
+    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    "f32": np.float32,
 }  # fmt: skip
+DTYPES = {name: np.dtype(type) for name, type in TYPES.items()}
+UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 FLOATS = {"bf16": (8, -126), "f16": (11, -14)}  # bits of the significand, exponent of the least normal number
 SIMPLE = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "shl": np.left_shift, "shr": np.right_shift, "neg": np.negative,
+    "min": np.minimum, "max": np.maximum, "not": np.bitwise_not,
 }  # fmt: skip
 COMPARE = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
            "ne": np.not_equal}  # fmt: skip
+
+
+COLLECTIVE = ("bar.", "mma.", "ldmatrix.", "stmatrix.", "shfl.", "redux.")
+"""What the threads of a warp, or all of a block, do together."""
 
 
 # -- numbers of 16 bits ----------------------------------------------------------------------------------
@@ -51,14 +62,50 @@ def round_to_bits(numbers, kind: str) -> np.ndarray:
 # -- threads that run in step ----------------------------------------------------------------------------
 
 
+class Memory:
+    """The arrays that a kernel may touch, at addresses of their own, far from each other."""
+
+    GAP = 1 << 32
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays = [array.reshape(-1).view(np.uint8) for array in arrays]
+
+    def address(self, number: int) -> int:
+        """As aligned as the array is, up to 256 bytes."""
+        return (number + 1) * self.GAP + self.arrays[number].ctypes.data % 256
+
+    def find(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The one array that all of these are in, and where."""
+        number = int(addresses[0]) // self.GAP - 1
+        assert 0 <= number < len(self.arrays), f"an address that is no argument's: {addresses}"
+        where = addresses - self.address(number)
+        inside = (where >= 0) & (where + size <= len(self.arrays[number]))
+        assert np.all(inside), f"{size} bytes outside of the arguments, or of two at once: {addresses}"
+        assert np.all(addresses % size == 0), f"{size} bytes that are not aligned: {addresses}"
+        return self.arrays[number], where
+
+    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """(N,) addresses -> (N, size) bytes."""
+        if not len(addresses):
+            return np.zeros((0, size), np.uint8)
+        array, where = self.find(addresses, size)
+        return array[where[:, None] + np.arange(size)]
+
+    def store(self, addresses: np.ndarray, data: np.ndarray) -> None:
+        if len(addresses):
+            array, where = self.find(addresses, data.shape[1])
+            array[where[:, None] + np.arange(data.shape[1])] = data
+
+
 class Threads:
     """Threads with the same program counter: registers are arrays with a number for each of them."""
 
     def __init__(self, count: int, registers: dict[str, np.ndarray] | None = None):
-        self.count = count
+        self.count, self.block = count, 0
         self.registers: dict[str, np.ndarray] = {}  # their bits, as uint64
+        self.active = np.ones(count, bool)  # who executes this instruction
         self.parameters: list[int] = []
-        self.memory, self.base = np.zeros(0, np.uint8), 0  # of the device, and the address of its first byte
+        self.memory = Memory([])  # of the device
         self.shared = np.zeros(0, np.uint8)
         self.copies: list[tuple] = []  # asked for since the last group
         self.groups: deque[list[tuple]] = deque()
@@ -67,23 +114,43 @@ class Threads:
             self.write(name, value)
 
     def run(self, ptx: str) -> None:
-        code, labels = _parse(ptx)
-        at = 0
+        for _ in self.turns(*_parse(ptx)):
+            pass
+
+    def turns(self, code: list[tuple[str, str, list[str]]], labels: dict[str, int]) -> Iterator[None]:
+        """Run, and stop before whatever other blocks may see or change meanwhile.
+
+        Threads that part go on one after the other, those that are behind first, until they meet again.
+        """
+        at, together, apart = 0, np.ones(self.count, bool), {}
         while at < len(code):
+            if apart and min(apart) <= at:
+                apart[at] = together | apart.get(at, False)
+                at = min(apart)
+                together = apart.pop(at)
             guard, name, operands = code[at]
             at += 1
             self.executed[name] = self.executed.get(name, 0) + 1
-            active = np.ones(self.count, bool)
+            self.active = together
             if guard:
-                active = self.registers[guard.lstrip("!")].astype(bool) ^ guard.startswith("!")
-            if name == "ret":
+                self.active = together & (
+                    self.registers[guard.lstrip("!")].astype(bool) ^ guard.startswith("!")
+                )
+            if name.startswith(("atom.", "red.")) or ".relaxed." in name:
+                yield
+            if name == "ret" and self.active.any():
+                assert self.active.all(), "some threads end before others: not implemented"
                 return
-            if name.startswith("bra"):
-                assert active.all() or not active.any(), "threads part here: not implemented"
-                at = labels[operands[0]] if active.any() else at
-                continue
-            assert active.all() or name.startswith(("cp.async.c", "st.")), f"{name}: a guard"
-            self.execute(name, operands, active)
+            if not name.startswith(("ret", "bra")):
+                assert self.active.all() or not name.startswith(COLLECTIVE), f"{name}: without some threads"
+                self.execute(name, operands, self.active)
+            elif self.active.any():
+                stay, there = together & ~self.active, labels[operands[0]]
+                if stay.any():
+                    apart[there] = self.active | apart.get(there, False)
+                    together = stay
+                else:
+                    at = there
 
     def execute(self, name: str, operands: list[str], active) -> None:
         base, *modifiers = name.split(".")
@@ -96,21 +163,43 @@ class Threads:
         if name.startswith("cp.async"):
             self.copy_ahead(name, operands, active)
         elif base == "bar":
-            pass  # They are always together.
+            pass  # They are together, and go in step.
+        elif base in ("atom", "red"):
+            self.change(base, modifiers, operands, active)
+        elif base == "shfl":
+            self.shuffle(modifiers[1], operands)
+        elif base == "redux":
+            self.reduce(modifiers[1], kind, operands)
         elif base == "ld" and modifiers[0] == "param":
             number = self.parameters[int(re.search(r"param_(\d+)", sources[0])[1])]
             self.write(target, np.full(self.count, number).astype(TYPES[kind]))
         elif base in ("ld", "st"):
-            self.move(base, modifiers[0], operands, np.dtype(TYPES[kind]).itemsize, active)
+            space = modifiers[0].partition("::")[0]
+            self.move(base, space, operands, np.dtype(TYPES[kind]).itemsize, active)
         elif base == "ldmatrix":
-            self.load_matrices(target, sources[0])
+            self.load_matrices(target, sources[0], "trans" in modifiers)
+        elif base == "stmatrix":
+            self.store_matrices(target, sources[0], "trans" in modifiers)
         elif base == "mma":
             self.multiply_matrices(operands, modifiers[-2])
         elif base == "mov":
             self.copy(target, sources[0], kind)
         elif base == "cvt":
-            self.convert(target, sources[0], *modifiers[-2:])
+            self.convert(target, sources, *modifiers[-2:])
+        elif name in ("ex2.approx.f32", "ex2.approx.ftz.f32"):
+            self.write(target, np.exp2(read(0)))
+        elif base == "div" and kind == "f32":
+            self.write(target, read(0) / read(1))
+        elif base == "abs" and kind == "f32":
+            self.write(target, np.abs(read(0)))
+        elif base == "mul" and modifiers[0] == "hi" and kind in ("s32", "u32"):
+            wide = {"s32": np.int64, "u32": np.uint64}[kind]
+            product = read(0).astype(wide) * read(1).astype(wide)
+            self.write(target, (product >> wide(32)).astype(TYPES[kind]))
+        elif base in ("div", "rem"):
+            self.write(target, divide(base, read(0), read(1)))
         elif base == "setp":
+            assert len(modifiers) == 2, f"{name}: no such instruction here"
             self.write(target, COMPARE[modifiers[0]](read(0), read(1)).astype(np.uint64))
         elif base == "selp":
             self.write(target, np.where(self.registers[sources[2]].astype(bool), read(0), read(1)))
@@ -118,6 +207,8 @@ class Threads:
             size = np.dtype(TYPES[kind]).itemsize * 8
             high = read(0) << np.array(size - int(sources[1]) - int(sources[2])).astype(TYPES[kind])
             self.write(target, high >> np.array(size - int(sources[2])).astype(TYPES[kind]))
+        elif base == "not" and kind == "pred":
+            self.write(target, read(0) ^ 1)
         elif base == "prmt":
             self.write(target, permute_bytes(read(0), read(1), int(sources[2], 0)))
         elif base == "lop3":
@@ -139,21 +230,27 @@ class Threads:
     # -- registers and memory --------------------------------------------------------------------
 
     def read(self, operand: str, kind: str) -> np.ndarray:
-        if operand in self.registers:
-            bits = self.registers[operand]
-        elif operand in ("%tid.x", "global_smem", "%ctaid.x"):
-            bits = np.arange(self.count, dtype=np.uint64) if operand == "%tid.x" else np.uint64(0)
-        elif operand.startswith("0f"):
-            bits = np.uint64(int(operand[2:], 16))
+        dtype = DTYPES.get(kind, DTYPES["b32"])
+        bits = self.registers.get(operand)
+        if bits is not None:
+            return bits.astype(UNSIGNED[dtype.itemsize]).view(dtype)
+        if operand == "%tid.x":
+            bits = np.arange(self.count)
         else:
-            bits = np.uint64(int(operand, 0) % 2**64)
-        dtype = np.dtype(TYPES.get(kind, np.uint32))
-        bits = np.broadcast_to(bits, (self.count,)).astype(f"u{dtype.itemsize}")
-        return bits.view(dtype)
+            known = {"global_smem": 0, "%ctaid.x": self.block}
+            literal = "0x" + operand[2:] if operand.startswith("0f") else operand
+            number = known[operand] if operand in known else int(literal, 0)
+            bits = np.full(self.count, number % 2**64, np.uint64)
+        return bits.astype(UNSIGNED[dtype.itemsize]).view(dtype)
 
     def write(self, name: str, value: np.ndarray) -> None:
+        if name == "_":
+            return
         value = np.ascontiguousarray(value)
-        self.registers[name] = value.view(f"u{value.itemsize}").astype(np.uint64)
+        bits = value.view(UNSIGNED[value.itemsize]).astype(np.uint64)
+        if not self.active.all():
+            bits = np.where(self.active, bits, self.registers.get(name, np.uint64(0)))
+        self.registers[name] = bits if bits.ndim else np.full(self.count, bits)
 
     def copy(self, target: str, source: str, kind: str) -> None:
         if target.startswith("{"):
@@ -167,8 +264,15 @@ class Threads:
         else:
             self.write(target, self.read(source, kind))
 
-    def convert(self, target: str, source: str, to: str, of: str) -> None:
-        if to in FLOATS and of == "f32":
+    def convert(self, target: str, sources: list[str], to: str, of: str) -> None:
+        source = sources[0]
+        if to.removesuffix("x2") in FLOATS and to.endswith("x2") and of == "f32":
+            high, low = (
+                round_to_bits(self.read(name, "f32").astype(np.float64), to.removesuffix("x2"))
+                for name in sources
+            )
+            self.write(target, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16))
+        elif to in FLOATS and of == "f32":
             self.write(target, round_to_bits(self.read(source, "f32").astype(np.float64), to))
         elif of in FLOATS and to == "f32":
             self.write(target, to_float64(self.read(source, "b16"), of).astype(np.float32))
@@ -180,18 +284,40 @@ class Threads:
     def addresses(self, operand: str, shared: bool) -> np.ndarray:
         register, _, offset = operand.strip("[] ").partition("+")
         addresses = self.read(register.strip(), "b32" if shared else "b64").astype(np.int64)
-        return addresses + int(offset or 0) - (0 if shared else self.base)
+        return addresses + int(offset or 0)
 
     def move(self, base: str, space: str, operands: list[str], size: int, active) -> None:
         place, names = (operands[1], operands[0]) if base == "ld" else operands
-        memory = self.shared if space == "shared" else self.memory
-        first = self.addresses(place, space == "shared")
-        for i, name in enumerate(_names(names)):
-            where = first[:, None] + i * size + np.arange(size)
+        memory = Memory([self.shared]) if space == "shared" else self.memory
+        first = self.addresses(place, space == "shared") + (memory.address(0) if space == "shared" else 0)
+        names = _names(names)
+        assert np.all(first[active] % (size * len(names)) == 0), f"{place} is not aligned"
+        for i, name in enumerate(names):
+            where = first[active] + i * size
             if base == "ld":
-                self.write(name, memory[where].view(f"u{size}")[:, 0])
+                loaded = np.zeros((self.count, size), np.uint8)
+                loaded[active] = memory.load(where, size)
+                self.write(name, loaded.view(f"u{size}")[:, 0])
             else:
-                memory[where[active]] = self.read(name, f"b{8 * size}")[:, None].view(np.uint8)[active]
+                bits = np.ascontiguousarray(self.read(name, f"b{8 * size}")[active])
+                memory.store(where, bits[:, None].view(np.uint8))
+
+    def change(self, base: str, modifiers: list[str], operands: list[str], active) -> None:
+        """An atomic operation, one thread after the other."""
+        space, *_, operation, kind = modifiers
+        assert space == "global"
+        place, number = operands[-2:]
+        dtype = np.dtype(TYPES[kind])
+        addresses, numbers = self.addresses(place, False), self.read(number, kind)
+        before = np.zeros(self.count, dtype)
+        for thread in np.flatnonzero(active):
+            where = addresses[thread : thread + 1]
+            before[thread] = self.memory.load(where, dtype.itemsize).view(dtype)[0, 0]
+            with np.errstate(over="ignore"):
+                after = {"add": before[thread] + numbers[thread], "exch": numbers[thread]}[operation]
+            self.memory.store(where, np.array([[after]], dtype).view(np.uint8))
+        if base == "atom":
+            self.write(operands[0], before)
 
     def copy_ahead(self, name: str, operands: list[str], active) -> None:
         """Copies arrive when they are waited for, not before: who reads too soon sees what was there."""
@@ -201,9 +327,11 @@ class Threads:
         elif name == "cp.async.wait_group":
             while len(self.groups) > int(operands[0]):
                 for to, of, size, sizes in self.groups.popleft():
-                    for target, source, some in zip(to, of, sizes, strict=True):
-                        self.shared[target : target + size] = 0
-                        self.shared[target : target + some] = self.memory[source : source + some]
+                    whole = sizes == size
+                    assert np.all(whole | (sizes == 0)), "part of a copy: not implemented"
+                    places = to[:, None] + np.arange(size)
+                    self.shared[places] = 0
+                    self.shared[places[whole]] = self.memory.load(of[whole], size)
         else:
             to, of, size = self.addresses(operands[0], True), self.addresses(operands[1], False), operands[2]
             sizes = self.read(operands[3] if len(operands) > 3 else size, "b32")
@@ -211,13 +339,62 @@ class Threads:
 
     # -- what the threads of a warp do together --------------------------------------------------
 
-    def load_matrices(self, targets: str, place: str) -> None:
-        """Matrices of 8 x 8 numbers; lanes 8 i to 8 i + 7 have the addresses of the i-th's rows."""
-        thread, rows = np.arange(self.count), self.addresses(place, True)
+    def load_matrices(self, targets: str, place: str, transposed: bool) -> None:
+        """Matrices of 8 x 8 numbers; lanes 8 i to 8 i + 7 have the addresses of the i-th's rows. A lane gets
+        two neighbours of a row, or of a column."""
         for i, name in enumerate(_names(targets)):
-            lane = thread % 32
-            where = rows[thread - lane + 8 * i + lane // 4] + 4 * (lane % 4)
-            self.write(name, self.shared[where[:, None] + np.arange(4)].view(np.uint32)[:, 0])
+            low, high = (
+                self.shared[at[:, None] + np.arange(2)].view(np.uint16)[:, 0].astype(np.uint32)
+                for at in self.neighbours(place, i, transposed)
+            )
+            self.write(name, low | high << np.uint32(16))
+
+    def store_matrices(self, place: str, names: str, transposed: bool) -> None:
+        for i, name in enumerate(_names(names)):
+            halves = self.read(name, "b32")[:, None].view(np.uint16)
+            for half, at in enumerate(self.neighbours(place, i, transposed)):
+                self.shared[at[:, None] + np.arange(2)] = halves[:, half, None].copy().view(np.uint8)
+
+    def neighbours(self, place: str, matrix: int, transposed: bool) -> list[np.ndarray]:
+        """Where a lane's two numbers of a matrix lie."""
+        thread, rows = np.arange(self.count), self.addresses(place, True)
+        lane = thread % 32
+        first = thread - lane + 8 * matrix
+        if transposed:
+            return [rows[first + 2 * (lane % 4) + half] + 2 * (lane // 4) for half in (0, 1)]
+        return [rows[first + lane // 4] + 4 * (lane % 4) + 2 * half for half in (0, 1)]
+
+    def shuffle(self, direction: str, operands: list[str]) -> None:
+        """Each lane gets another one's number, and whether there is such a lane in its part of the warp."""
+        target, source, distance, clamp, members = operands
+        assert int(members, 0) & 2**32 - 1 == 2**32 - 1
+        lane, distance, clamp = (
+            np.arange(self.count) % 32,
+            self.read(distance, "s32"),
+            self.read(clamp, "s32"),
+        )
+        parts = clamp >> 8 & 31
+        least, most = lane & parts, lane & parts | clamp & ~parts & 31
+        of = {"up": lane - distance, "down": lane + distance, "bfly": lane ^ distance,
+              "idx": least | distance & ~parts}[direction]  # fmt: skip
+        there = of >= most if direction == "up" else of <= most
+        numbers = self.read(source, "b32")[np.arange(self.count) - lane + np.where(there, of, lane)]
+        target, _, inside = target.partition("|")
+        self.write(target, numbers)
+        if inside:
+            self.write(inside, there.astype(np.uint8))
+
+    def reduce(self, operation: str, kind: str, operands: list[str]) -> None:
+        """Over the lanes of the warp that a lane's mask names."""
+        target, source, members = operands
+        among = self.read(members, "b32")[:, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1) == 1
+        assert among[np.arange(self.count), np.arange(self.count) % 32].all()
+        numbers = np.repeat(self.read(source, kind).reshape(-1, 32), 32, axis=0)
+        limits = np.iinfo(numbers.dtype)
+        function, nothing = {"add": (np.add, 0), "min": (np.minimum, limits.max)}[operation]
+        with np.errstate(over="ignore"):
+            result = function.reduce(np.where(among, numbers, numbers.dtype.type(nothing)), axis=1)
+        self.write(target, result.astype(numbers.dtype))
 
     def multiply_matrices(self, operands: list[str], kind: str) -> None:
         """m16n8k16: d = a b + c. A register has two neighbours of a row of a, or of a column of b."""
@@ -241,6 +418,13 @@ class Threads:
         sums += left @ right
         for i in range(4):
             self.write(d[i], sums[warp, group + i // 2 * 8, 2 * member + i % 2].astype(np.float32))
+
+
+def divide(base: str, a, b):
+    """Integers, towards zero."""
+    assert np.all(b != 0)
+    quotient = np.abs(a) // np.abs(b) * (np.sign(a) * np.sign(b)).astype(a.dtype)
+    return quotient if base == "div" else a - quotient * b
 
 
 def permute_bytes(a, b, selector: int):
@@ -299,27 +483,32 @@ def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}").split(",")]
 
 
-# -- a kernel of one block -------------------------------------------------------------------------------
+# -- a kernel ----------------------------------------------------------------------------------------------
 
 
-def launch(ptx: str, threads: int, shared_bytes: int, arguments: list[np.ndarray | int]) -> Threads:
-    """Run a kernel; arrays are its pointers, and hold afterwards what it has stored."""
-    base, parts, places = 1 << 20, [], []
-    for argument in arguments:
-        if isinstance(argument, np.ndarray):
-            places.append(base + sum(part.size for part in parts))
-            parts.append(argument.reshape(-1).view(np.uint8))
-            parts.append(np.full(-argument.nbytes % 256 + 256, 0xEE, np.uint8))
-    block = Threads(threads)
-    block.memory, block.base = np.concatenate(parts), base
-    block.shared = np.full(shared_bytes, 0x7F, np.uint8)
-    pointers = iter(places)
-    block.parameters = [next(pointers) if isinstance(a, np.ndarray) else a for a in arguments] + [0, 0]
-    block.run(ptx)
-    for argument, place in zip((a for a in arguments if isinstance(a, np.ndarray)), places, strict=True):
-        stored = block.memory[place - base :][: argument.nbytes]
-        argument.reshape(-1).view(np.uint8)[:] = stored
-    return block
+def launch(
+    ptx: str, threads: int, shared_bytes: int, arguments: list[np.ndarray | int], blocks: int = 1,
+    seed: int = 0, between: Callable[[], None] = lambda: None,
+) -> list[Threads]:  # fmt: skip
+    """Run a kernel; arrays are its pointers. Which block goes on to its next atomic operation is drawn, and
+    ``between`` is called before it does."""
+    memory = Memory([argument for argument in arguments if isinstance(argument, np.ndarray)])
+    pointers = map(memory.address, range(len(memory.arrays)))
+    parameters = [next(pointers) if isinstance(a, np.ndarray) else a for a in arguments] + [0, 0]
+    grid, running, draw = [], [], random.Random(seed)
+    code = _parse(ptx)
+    for number in range(blocks):
+        block = Threads(threads)
+        block.block, block.memory, block.parameters = number, memory, parameters
+        block.shared = np.full(shared_bytes, 0x7F, np.uint8)
+        grid.append(block)
+        running.append(block.turns(*code))
+    while running:
+        between()
+        block = draw.choice(running)
+        if next(block, running) is running:
+            running.remove(block)
+    return grid
 
 
 # -- in the place of the interpreter's builder -------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_compiled_products_are_those_of_what_the_weights_stand_for(compiled, cas
     hidden, weight = problem(name, dtype, columns)
     hidden, record, output = hidden[:rows].contiguous(), compiled[case], torch.zeros(rows, N)
     zeros = ([], []) if weight.zeros is None else ([rows_of(weight.zeros)], [weight.zeros.stride(1)])
-    block = ptx.launch(
+    [block] = ptx.launch(
         Path(record["ptx"]).read_text(), THREADS, record["shared"],
         [
             hidden.view(torch.uint8).numpy(), weight.values.view(torch.uint8).numpy(), rows_of(weight.scales),

@@ -236,25 +236,27 @@ def test_an_exit_that_cannot_be_had_gets_the_smallest_tiles(dtype):
 
 @given(
     st.integers(1, 10**6), st.integers(1, 4096), st.integers(1, 16384), st.sampled_from([16, 64, 256]),
-    st.integers(1, 4), st.sampled_from([2, 4]),
+    st.integers(1, 4), st.sampled_from([(2, 1), (2, 2), (4, 1)]),
 )  # fmt: skip
-def test_large_parts_take_no_more_than_the_activations(pairs, hidden, inner, block_n, parts, size):
+def test_large_parts_take_no_more_than_the_activations(pairs, hidden, inner, block_n, parts, sizes):
+    size, times = sizes
     hidden *= 16
     down = TileConfig(16, block_n, 16, 4, 2, split_k=parts)
-    width = tiles.partial_width(pairs, hidden, inner, down, size)
+    width = tiles.partial_width(pairs, hidden, inner, down, size, times)
     assert 1 <= width <= hidden
     assert 1 + 2 * math.ceil(hidden / width) <= tiles.MAX_PHASES
     if width == hidden:
         return
     assert width % block_n == 0
-    assert pairs * parts * hidden * size > tiles.PARTIAL_BYTES
+    assert pairs * parts * hidden * size * times > tiles.PARTIAL_BYTES
     # A chunk is at least a column block, and there are only so many launches.
-    assert parts * width <= max(inner, parts * block_n, parts * (hidden // 15 + block_n))
+    assert parts * width * times <= max(inner, parts * times * max(block_n, hidden // 15 + block_n))
 
 
 def test_an_unaligned_output_is_computed_in_one_chunk():
     down = TileConfig(128, 128, 64, 8, 4)
     assert tiles.partial_width(10**6, 2048, 768, down, 2) == 768
+    assert tiles.partial_width(10**6, 2048, 768, down, 2, times=2) == 384
     assert tiles.partial_width(10**6, 2040, 768, down, 2) == 2040
     assert tiles.partial_width(100, 2048, 768, down, 2) == 2048
 

@@ -690,7 +690,10 @@ def test_memory_is_what_the_docstring_says(inputs):
     pairs, size = inputs.num_tokens * inputs.top_k, inputs.hidden_states.element_size()
     own = not isinstance(inputs.activation, Activation)
     first = 4 * inputs.gate_up_size if own else size * inputs.intermediate_size
-    second = inputs.hidden_size * (size * run.tiles["down"].split_k if inputs.expert_norm is None else 4)
+    float_parts = inputs.expert_norm is not None or (
+        inputs.weight_format is not None and inputs.hidden_states.dtype == torch.bfloat16
+    )
+    second = inputs.hidden_size * run.tiles["down"].split_k * (4 if float_parts else size)
     assert run._intermediate.nbytes + run._partial.nbytes == pairs * (first + second)
     assert run._state.nbytes == 4 * (98 + 3 * (inputs.num_experts + 1))
     if inputs.num_tokens and not inputs.weights_on_input:

@@ -1,0 +1,127 @@
+"""Compute layers with compiled kernels on a device that is not there (tests/ptx_device.py).
+
+    python tests/compiled.py DIRECTORY < requests.json > records.json
+
+A request is {"name": one of tests/compiled_cases.py, "capability": 80 or 90}. The record says what went wrong
+("error"), or how often a layer was interrupted. DIRECTORY holds Triton's cache. A program of its own for the
+reason that tests/compile_kernels.py gives.
+"""
+
+import json
+import random
+import sys
+import traceback
+from unittest import mock
+
+from compiled_cases import CASES
+from ptx_device import Device
+
+from qllm_ops import FULL, PriorityFlag, triton_moe
+from qllm_ops.inputs import check_inputs
+from qllm_ops.kernels import moe as kernels
+from qllm_ops.testing import assert_close, assert_same_bits, poisoned_empty
+from qllm_ops.triton_moe import TritonMoe
+
+MULTIPROCESSORS = 3
+DEVICES = {capability: Device(capability) for capability in (80, 90)}
+
+
+def compute(request: dict) -> dict:
+    device, arch = DEVICES[request["capability"]], f"sm_{request['capability']}"
+    device.use()
+    device.launches.clear()
+    triton_moe.tiles_for.cache_clear()
+    triton_moe.compiled_with.cache_clear()
+    with (
+        mock.patch.object(triton_moe, "arch_of", return_value=arch),
+        mock.patch.object(triton_moe, "multiprocessors", return_value=MULTIPROCESSORS),
+        poisoned_empty(),
+    ):
+        return examine(device, *CASES[request["name"]])
+
+
+def examine(device: Device, case, tiles, width) -> dict:
+    inputs = check_inputs(**case.tensors())
+    whole = TritonMoe(inputs, None, 0, tiles=tiles, width=width)
+    whole.launch_all()
+    assert_close(whole.output, case)
+    assert whole.tiles_done == whole.tiles_total
+    record = {"tiles": whole.tiles_total}
+    for disturb in (pause_for_good, pause_and_share):
+        flag, draw = PriorityFlag(), random.Random(case.seed)
+        run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width)
+        record[disturb.__name__] = disturb(device, run, flag, draw)
+        assert run.tiles_done == run.tiles_total == whole.tiles_total
+        assert_same_bits(run.output, whole.output)
+    return record
+
+
+def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: random.Random) -> dict:
+    """Pause at any atomic operation of a step, until it has returned: nobody begins another tile."""
+    left = given_back = 0
+    before = {}
+
+    def tickets() -> int:
+        return int(run._state[kernels.TICKETS.value : kernels.DONE.value].sum())
+
+    while True:
+        patience = draw.randrange(1, 12)
+
+        def between() -> None:
+            nonlocal patience
+            patience -= 1
+            if patience == 0:
+                before["tickets"] = tickets()
+                flag.pause(0)
+
+        device.between = between
+        done = run.step(None)
+        device.between = lambda: None
+        if patience <= 0:
+            # A program that had looked at the flag before may still take one; so may each later phase not.
+            assert tickets() - before["tickets"] <= programs(run)
+            assert run.tiles_taken - run.tiles_done - given_back <= programs(run)
+            given_back = run.tiles_taken - run.tiles_done
+            flag.resume(0)
+            left += not done
+        if done:
+            return {"left": left, "given_back": given_back}
+
+
+def programs(run: TritonMoe) -> int:
+    return max(run._grid(phase)[0] for phase in run._phases)
+
+
+def pause_and_share(device: Device, run: TritonMoe, flag: PriorityFlag, draw: random.Random) -> dict:
+    """Pause, resume and share at any atomic operation, with quanta or without."""
+    steps = 0
+
+    def between() -> None:
+        chance = draw.random()
+        if chance < 0.1:
+            flag.pause(0)
+        elif chance < 0.2:
+            flag.resume(0)
+        elif chance < 0.3:
+            flag.share(0, draw.choice([1, 2, FULL]))
+
+    device.between = between
+    done = run.tiles_done
+    while not run.step(draw.choice([None, 1, 3, 8])):
+        assert run.tiles_done >= done
+        done, steps = run.tiles_done, steps + 1
+        if steps % 8 == 0:  # or chance might let nothing run for long
+            flag.share(0, FULL)
+        flag.resume(0)
+    device.between = lambda: None
+    return {"left": steps, "given_back": run.tiles_taken - run.tiles_done}
+
+
+if __name__ == "__main__":
+    records = []
+    for request in json.load(sys.stdin):
+        try:
+            records.append(compute(request))
+        except Exception:
+            records.append({"error": traceback.format_exc()})
+    json.dump(records, sys.stdout)
