@@ -292,6 +292,9 @@ def _for_quantized(config: TileConfig, few: bool, k: int, dtype: torch.dtype, ar
     if config.block_m == 128 and k % config.block_k:
         # Nor to widen two at a time, where a sum ends within a turn.
         return replace(config, block_n=config.block_n // 2)
+    if config.block_m == 128 and arch == "sm_100" and dtype == torch.bfloat16:
+        # There, sums come out of tensor memory all at once, and with bfloat16 they are stored as float32.
+        return replace(config, block_n=min(128, config.block_n))
     return config
 
 

@@ -65,7 +65,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
         return int(run._state[kernels.TICKETS.value : kernels.DONE.value].sum())
 
     while True:
-        patience = draw.randrange(1, 12)
+        patience = draw.randrange(1, 12 + left)  # longer and longer, or a tile with exits might never be done
 
         def between() -> None:
             nonlocal patience

@@ -36,6 +36,9 @@ CASES = {
     "fp8, 64 rows": (MoeCase(60, 256, 128, 3, 2, B, quantized="fp8", seed=1), TALL, None),
     "fp8": (MoeCase(20, 256, 128, 3, 2, B, quantized="fp8"), None, None),
     "fp8, 8 rows": (MoeCase(5, 256, 128, 3, 2, H, quantized="fp8"), None, None),
+    "float8 by float8": (
+        MoeCase(12, 256, 256, 3, 2, B, quantized="fp8", fp8_activations=True), None, None
+    ),
     "mxfp4": (MoeCase(20, 256, 128, 3, 2, B, CLAMPED[0], "interleaved", True, quantized="mxfp4"), None, None),
     "mxfp4, 8 rows, uneven": (MoeCase(5, 160, 96, 3, 2, B, quantized="mxfp4"), None, None),
     "int4": (MoeCase(20, 256, 128, 3, 2, H, quantized="int4"), None, None),
@@ -47,13 +50,17 @@ THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 DEFAULT = {
     "plain": (80, 90), "parts, a branch of threads": (90,), "float32": (80,), "exits": (80, 90),
     "chunks of columns": (90,), "more pairs than are counted": (80,), "transposed": (90,), "shipped": (90,),
-    "fp8, 64 rows": (80,), "fp8, 8 rows": (90,), "mxfp4": (90,), "int4 with zero points": (80,),
+    "fp8, 64 rows": (80,), "fp8, 8 rows": (90,), "float8 by float8": (90,), "mxfp4": (90,),
+    "int4 with zero points": (80,),
 }  # fmt: skip
-# Tiles of 64 rows are wgmma on sm_90, which tests/ptx.py does not know.
-MMA_ONLY = [name for name, (_, tiles, _) in CASES.items() if tiles is not TALL]
+# Tiles of 64 rows are wgmma on sm_90, which tests/ptx.py does not know; sm_80 does not multiply float8.
+CARDS = {
+    name: (80,) if tiles is TALL else (90,) if case.fp8_activations else (80, 90)
+    for name, (case, tiles, _) in CASES.items()
+}
 CHOSEN = [
     (name, capability)
     for name in CASES
-    for capability in (80, 90)
-    if (THOROUGH or capability in DEFAULT.get(name, ())) and (capability == 80 or name in MMA_ONLY)
+    for capability in CARDS[name]
+    if THOROUGH or capability in DEFAULT.get(name, ())
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def records_of(script: str, requests: list[dict], directory: Path) -> list[dict]:
-    """What tests/compile_kernels.py or tests/compile_products.py says of the requests; files in directory."""
+    """What a program such as tests/compile_kernels.py says of the requests; files in directory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(directory / "cache")}
     finished = subprocess.run(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
+import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 TYPES = {
@@ -57,6 +58,24 @@ def round_to_bits(numbers, kind: str) -> np.ndarray:
         if kind == "f16":
             return rounded.astype(np.float16).view(np.uint16)
         return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def to_float8(numbers: np.ndarray) -> np.ndarray:
+    """The bits of the nearest float8_e4m3fn, the largest one for all that is larger."""
+    limited = torch.from_numpy(numbers).clamp(-448, 448)
+    return limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def of_float8(bits: np.ndarray) -> np.ndarray:
+    """The bits of the same numbers in float16."""
+    return (
+        torch.from_numpy(bits)
+        .view(torch.float8_e4m3fn)
+        .to(torch.float16)
+        .view(torch.int16)
+        .numpy()
+        .view(np.uint16)
+    )
 
 
 # -- threads that run in step ----------------------------------------------------------------------------
@@ -200,7 +219,11 @@ class Threads:
             self.write(target, divide(base, read(0), read(1)))
         elif base == "setp":
             assert len(modifiers) == 2, f"{name}: no such instruction here"
-            self.write(target, COMPARE[modifiers[0]](read(0), read(1)).astype(np.uint64))
+            x, y, unordered = read(0), read(1), modifiers[0].endswith("u")
+            result = COMPARE[modifiers[0].removesuffix("u")](x, y)
+            if unordered:
+                result |= np.isnan(x) | np.isnan(y)
+            self.write(target, result.astype(np.uint64))
         elif base == "selp":
             self.write(target, np.where(self.registers[sources[2]].astype(bool), read(0), read(1)))
         elif base == "bfe":
@@ -271,6 +294,13 @@ class Threads:
                 round_to_bits(self.read(name, "f32").astype(np.float64), to.removesuffix("x2"))
                 for name in sources
             )
+            self.write(target, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16))
+        elif to == "e4m3x2" and of == "f32":
+            high, low = (to_float8(self.read(name, "f32")).astype(np.uint16) for name in sources)
+            self.write(target, low | high << np.uint16(8))
+        elif to == "f16x2" and of == "e4m3x2":
+            bits = self.read(source, "b16")
+            low, high = (of_float8((bits >> np.uint16(shift)).astype(np.uint8)) for shift in (0, 8))
             self.write(target, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16))
         elif to in FLOATS and of == "f32":
             self.write(target, round_to_bits(self.read(source, "f32").astype(np.float64), to))
