@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable
-from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -57,6 +57,9 @@ DRAWS = 2
 
 SPREAD = 6
 """A proof's numbers differ in size by up to 2 ** (2 * SPREAD)."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of products that are ours."""
 
 ALIGNMENT = 64
 """Bytes. MKL promises the same bits for the same call only if its operands lie alike."""
@@ -161,11 +164,10 @@ def _proven(right: Tensor, bias: Tensor | None) -> tuple[int, ...]:
 
 def _prove(right: Tensor, bias: Tensor | None) -> tuple[int, ...]:
     smallest = SMALLEST.get(right.device.type, SMALLEST_ELSEWHERE)
-    rows, stand_in = _cancelling(right)
-    nothing = None if bias is None else torch.zeros_like(bias)
+    rows, stand_in, stand_in_bias = _cancelling(right, bias)
     expected, sizes = [], []
     for size in (smallest * many for many in SIZES):
-        got = [_product(row.expand(size, -1).contiguous(), stand_in, nothing) for row in rows]
+        got = [_product(row.expand(size, -1).contiguous(), stand_in, stand_in_bias) for row in rows]
         expected = expected or [of[:1] for of in got]
         if all(_same_bits(a, b.expand_as(a)) for a, b in zip(got, expected, strict=True)):
             sizes.append(size)
@@ -177,12 +179,13 @@ def _prove(right: Tensor, bias: Tensor | None) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _cancelling(right: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (DRAWS, 1, K), and a matrix that lies in memory like ``right``, whose products are zero.
+def _cancelling(right: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows (DRAWS, 1, K), a matrix that lies in memory like ``right``, and a bias if there is one, whose
+    products are zero.
 
-    Each term comes once more, at another place, with the other sign. What is left of such a sum is what was
-    rounded on the way, and that shows the order of adding in every dtype; of a sum that is not zero, rounding
-    to 16 bits would hide nearly all of it.
+    Each term comes once more, at another place, with the other sign; one of them as the bias. What is left of
+    such a sum is what was rounded on the way, and that shows the order of adding in every dtype; of a sum that
+    is not zero, rounding to 16 bits would hide nearly all of it.
     """
     generator = torch.Generator(right.device).manual_seed(0)  # the user's random numbers are not ours to take
     options = {"generator": generator, "device": right.device}
@@ -198,7 +201,10 @@ def _cancelling(right: Tensor) -> tuple[Tensor, Tensor]:
     rows = right.new_empty(DRAWS, 1, terms)
     rows[..., one] = (torch.randn(spread.shape, **options) * torch.exp2(spread.float())).to(right.dtype)
     rows[..., other] = -rows[..., one]
-    return rows, matrix
+    if bias is None:
+        return rows, matrix, None
+    rows[..., one[0]], rows[..., other[0]] = 1, 0
+    return rows, matrix, -matrix[one[0]]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -240,30 +246,48 @@ def reduce_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _linear(function: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _matmul(function, input, weight.T, bias)
+    return _matmul(function, input, weight.t() if _is_matrix(weight) else weight, bias)
 
 
-def _matmul(function: Callable, input: Any, other: Any, bias: Tensor | None = None, **kwargs: Any) -> Any:
+def _mm(function: Callable, input: Any, mat2: Any, **kwargs: Any) -> Any:
+    return _matmul(function, input, mat2, **kwargs) if _is_matrix(input) else NotImplemented
+
+
+def _addmm(function: Callable, input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
+    return _matmul(function, mat1, mat2, input, **kwargs) if _is_matrix(mat1) else NotImplemented
+
+
+def _matmul(function: Callable, input: Any, other: Any, bias: Any = None, **kwargs: Any) -> Any:
     """(..., M, K) by (K, N). Products of two batches, such as those of attention, stay as they are, and what
     does not fit is left to torch to refuse."""
-    if kwargs or not isinstance(input, Tensor) or not isinstance(other, Tensor):
+    if kwargs or not isinstance(input, Tensor) or not _is_matrix(other):
         return NotImplemented
-    alike = (input.dtype, input.device) == (other.dtype, other.device) and input.is_floating_point()
-    if not alike or other.dim() != 2 or not input.dim() or input.shape[-1] != other.shape[0]:
+    tensors = (input, other) if bias is None else (input, other, bias)
+    if not all(_is_like(tensor, input) for tensor in tensors) or input.dtype not in DTYPES:
         return NotImplemented
-    if not input.numel() or not other.numel():
+    if not input.numel() or not other.numel() or input.shape[-1:] != other.shape[:1]:
         return NotImplemented
+    if bias is not None and bias.shape != other.shape[1:]:
+        if bias.shape not in ((), (1,)):
+            return NotImplemented
+        bias = bias.expand(other.shape[1])
     if torch.is_autocast_enabled(input.device.type):
         raise RuntimeError("batch_invariant does not know autocast; convert the model instead")
-    tensors = (input, other) if bias is None else (input, other, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError("batch_invariant records no gradients; call it inside of torch.no_grad()")
     rows = input.reshape(-1, input.shape[-1])
     return multiply(rows, other, bias).view(*input.shape[:-1], other.shape[1])
 
 
-def _addmm(function: Callable, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
-    return NotImplemented if input.dim() != 1 else _matmul(function, mat1, mat2, input, **kwargs)
+def _is_matrix(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 2
+
+
+def _is_like(x: Any, input: Tensor) -> bool:
+    """Whether they may be multiplied: both have memory, on one device, and one dtype."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
+        return False
+    return (x.dtype, x.device) == (input.dtype, input.device)
 
 
 def _curve(function: Callable, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
@@ -271,6 +295,13 @@ def _curve(function: Callable, input: Tensor, *args: Any, inplace: bool = False,
         return NotImplemented
     result = elementwise(lambda x: function(x, *args, **kwargs), input)
     return input.copy_(result) if inplace else result
+
+
+def _power(function: Callable, input: Any, exponent: Any, **kwargs: Any) -> Any:
+    """What is a product or a root is rounded right by itself."""
+    if not isinstance(exponent, (int, float)) or exponent in (0.5, 1, 2):
+        return NotImplemented
+    return _curve(function, input, exponent, **kwargs)
 
 
 def _reduction(
@@ -284,28 +315,36 @@ def _reduction(
 ) -> Any:
     last = (-1, input.dim() - 1)
     of_rows = dim in last or (isinstance(dim, (tuple, list)) and len(dim) == 1 and dim[0] in last)
-    if kwargs or not of_rows or not input.numel():
+    if kwargs or not of_rows or not input.dim() or not input.numel():
         return NotImplemented
     result = reduce_rows(lambda x: function(x, -1, True, dtype=dtype), input)
     return result if keepdim else result.squeeze(-1)
 
 
+_CURVES = (F.silu, F.gelu, F.softplus, F.mish, F.elu, F.selu, F.celu, F.sigmoid, torch.sigmoid, Tensor.sigmoid)
+_CURVES += (torch.rsqrt, Tensor.rsqrt, torch.exp2, Tensor.exp2, torch.sinh, Tensor.sinh, torch.cosh, Tensor.cosh)
+
 _HANDLERS: dict[Callable, Callable] = {
     F.linear: _linear,
-    torch.addmm: _addmm,
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.mm, Tensor.mm), _mm),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _reduction),
-    **dict.fromkeys((F.silu, F.gelu, F.softplus, F.sigmoid, torch.sigmoid, Tensor.sigmoid), _curve),
-    **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), _curve),
+    **dict.fromkeys(_CURVES, _curve),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
 }
 
 
-_depth: ContextVar[int] = ContextVar("qllm_batch_invariant", default=0)
+class _OfThread(threading.local):
+    depth = 0
+
+
+_inside = _OfThread()
 
 
 def is_batch_invariant() -> bool:
     """Whether this thread is inside of a body of `batch_invariant`."""
-    return _depth.get() > 0
+    return _inside.depth > 0
 
 
 class batch_invariant(TorchFunctionMode):
@@ -327,18 +366,15 @@ class batch_invariant(TorchFunctionMode):
         NotInvariantError: in the body, where the library's product is not so at any size.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._tokens: list[Token] = []
-
     def __enter__(self):
-        self._tokens.append(_depth.set(_depth.get() + 1))
+        _inside.depth += 1
         return super().__enter__()
 
     def __exit__(self, *exc):
-        _depth.reset(self._tokens.pop())
+        _inside.depth -= 1
         return super().__exit__(*exc)
 
+    @torch.compiler.disable(reason="inside of batch_invariant, nothing is compiled")
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func)
         if handler is not None:

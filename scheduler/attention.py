@@ -48,6 +48,10 @@ of 64."""
 PADDED_BYTES = 256 * 1024
 """Most bytes of keys of a row in a padded batch: copying them takes about as long as one more call."""
 
+ROW_BYTES = 16
+"""Of what rows of a head are a multiple where keys may lie anywhere. Others, which no large model has, are
+copied: products of 5 or 17 numbers of float32 have other last bits from slot to slot."""
+
 
 @dataclass
 class Segment:
@@ -301,6 +305,8 @@ def _attend_padded(attend, query, keys, values, batch: Padded, scaling: float | 
 def _attend(attend, q, k, v, past: int, window: int, scaling: float | None) -> torch.Tensor:
     """(1, heads, n, d) queries at positions [past, past + n) of the given keys -> (n, heads, d)."""
     _, heads, n, size = q.shape
+    if size * q.element_size() % ROW_BYTES or v.shape[-1] * v.element_size() % ROW_BYTES:
+        q, k, v = (of.clone(memory_format=torch.contiguous_format) for of in (q, k, v))
     if n == 1:  # all keys that were given are in its window
         # Heads that share keys are laid out as queries of one head: the keys are read once.
         q = q.reshape(1, k.shape[1], heads // k.shape[1], size)

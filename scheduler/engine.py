@@ -78,6 +78,7 @@ class Engine:
         clock: monotonic time in seconds.
 
     Raises:
+        TypeError: batch_invariant is neither True nor False.
         ValueError: another engine serves the model; or it has no MoE layers, a layout that is not
             supported, attention that the engine's does not reproduce, or modules that change themselves
             in a forward pass, so that two lanes would corrupt each other's; or it is to be batch invariant
@@ -98,6 +99,8 @@ class Engine:
     ):
         if model.training:
             raise ValueError("model is in training mode; call model.eval() first")
+        if not isinstance(batch_invariant, bool):
+            raise TypeError(f"batch_invariant must be True or False, got {batch_invariant!r}")
         self.model, self.clock, self.log = model, clock, Log(clock)
         device = next(model.parameters()).device
         self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event, gate=gate)

@@ -173,6 +173,8 @@ def test_what_is_not_batch_invariant_is_refused(model):
         hook.remove()
     with pytest.raises(ValueError, match=f"prefill_tokens must be at least {CHUNK}.*got 511"):
         Engine(model, limits=Limits(prefill_tokens=CHUNK - 1), batch_invariant=True)
+    with pytest.raises(TypeError, match="batch_invariant must be True or False, got 1"):
+        Engine(model, batch_invariant=1)
     # Nothing is left behind, and no batch has to be invariant that was not asked to.
     with Engine(model, limits=LIMITS) as engine:
         assert engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S) == generated(model, prompt(5), 2)

@@ -1,6 +1,9 @@
 """Operations whose rows do not depend on how many rows there are."""
 
+import asyncio
 import contextlib
+import copy
+import pickle
 import threading
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from qllm_ops import Activation, MoeRun, NotInvariantError, batch_invariant, invariant, moe
 from qllm_ops.invariant import SIZES, blocks, elementwise, is_batch_invariant, multiply, reduce_rows
@@ -115,8 +119,7 @@ def library(monkeypatch):
 
     def use(product) -> None:
         def call(x, right, bias, out=None):
-            result = product(x, right)
-            result = result if bias is None else result + bias
+            result = product(x, right) if bias is None else product(x, right, bias)
             return result if out is None else out.copy_(result)
 
         monkeypatch.setattr(invariant, "_product", call)
@@ -125,9 +128,9 @@ def library(monkeypatch):
     return use
 
 
-def in_order(x: torch.Tensor, right: torch.Tensor, order: range) -> torch.Tensor:
-    """The sum of the terms in this order, in float32, rounded at the end."""
-    sums = torch.zeros(len(x), right.shape[1])
+def in_order(x: torch.Tensor, right: torch.Tensor, order: range, first: float | torch.Tensor = 0.0):
+    """The sum of the terms in this order, after ``first``, in float32, rounded at the end."""
+    sums = torch.zeros(len(x), right.shape[1]) + first
     for k in order:
         sums = sums + x[:, k, None].float() * right[k].float()
     return sums.to(x.dtype)
@@ -167,6 +170,24 @@ def test_the_proof_leaves_out_sizes_that_are_added_in_another_order(library, dty
     assert_same_bits(got, forward(x, right))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_proof_sees_where_the_bias_is_added(library, dtype):
+    """Before the first term in small blocks, after the last one in others."""
+    sizes = []
+
+    def product(x, right, bias):
+        sizes.append(len(x))
+        sums = in_order(x.float(), right, range(x.shape[1]), bias.float() if len(x) <= 64 else 0.0)
+        return (sums if len(x) <= 64 else sums + bias.float()).to(dtype)
+
+    library(product)
+    x, right, bias = normal(300, 32, dtype=dtype), normal(32, 16, dtype=dtype), normal(16, dtype=dtype)
+    multiply(x, right, bias)
+    sizes.clear()
+    multiply(x, right, bias)
+    assert sizes == [64, 64, 64, 64, 48]
+
+
 def test_the_proof_takes_nothing_from_the_users_random_numbers(monkeypatch):
     monkeypatch.setattr(invariant, "_known", {})
     state = torch.get_rng_state()
@@ -183,7 +204,16 @@ CURVES = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "softplus": F.softplus,
     "sigmoid": torch.sigmoid,
+    "mish": F.mish,
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": F.celu,
+    "exp2": torch.exp2,
+    "sinh": torch.sinh,
+    "cosh": torch.cosh,
     "rsqrt": lambda x: torch.rsqrt(x.abs() + 1),
+    "pow": lambda x: torch.pow(x.abs() + 1, -0.5),
+    "x ** 1.5": lambda x: x.abs() ** 1.5,
 }
 
 
@@ -230,6 +260,8 @@ CALLS = {
     "mm": lambda x: torch.mm(x, WEIGHT.T),
     "x.mm": lambda x: x.mm(WEIGHT.T),
     "addmm": lambda x: torch.addmm(BIAS, x, WEIGHT.T),
+    "bias.addmm": lambda x: BIAS.addmm(x, WEIGHT.T),
+    "one number as bias": lambda x: torch.addmm(BIAS[:1], x, WEIGHT.T),
     "mean": lambda x: x.pow(2).mean(-1, keepdim=True),
     "torch.mean": lambda x: torch.mean(x, dim=(1,), dtype=torch.float64),
     "sum": lambda x: x.sum(-1),
@@ -276,6 +308,11 @@ def test_leading_dimensions():
         lambda x: F.linear(x[:, :0], WEIGHT[:, :0]),
         lambda x: F.linear(x[:0], WEIGHT),
         lambda x: x[:0].mean(-1),
+        lambda x: x[0, 0].sum(-1),
+        lambda x: x**2,
+        lambda x: torch.mm(x, WEIGHT.T.to_sparse()),
+        lambda x: F.linear(x, WEIGHT[0]),
+        lambda x: torch.addmm(x[:, :36], x, WEIGHT.T),
     ],
 )
 def test_other_calls_are_torchs(call):
@@ -290,6 +327,12 @@ def test_what_torch_refuses_stays_refused():
             F.linear(normal(3, 47), WEIGHT)
         with pytest.raises(RuntimeError, match="dtype"):
             F.linear(normal(3, 48).double(), WEIGHT)
+        for bias in (BIAS[:35], normal(49)):
+            with pytest.raises(RuntimeError, match="must match the existing size"):
+                F.linear(normal(3, 48), WEIGHT, bias)
+        with pytest.raises(RuntimeError, match="must be a matrix"):
+            torch.mm(normal(2, 3, 48), WEIGHT.T)
+    assert F.linear(normal(3, 48).to("meta"), WEIGHT.to("meta")).shape == (3, 36)
 
 
 def test_gradients_and_autocast_are_refused():
@@ -324,5 +367,50 @@ def test_the_body_is_of_one_thread_and_may_be_nested():
         thread = threading.Thread(target=lambda: seen.append(is_batch_invariant()))
         thread.start()
         thread.join()
-    assert seen == [False]
+        seen.append(asyncio.run(asyncio.to_thread(is_batch_invariant)))  # which takes context along
+        for again in (copy.deepcopy(mode), pickle.loads(pickle.dumps(mode))):
+            with again:
+                assert is_batch_invariant()
+    assert seen == [False, False]
     assert not is_batch_invariant()
+
+
+def test_modes_of_others_see_the_calls_too():
+    class Counting(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.calls += func in (torch.mm, torch.addmm, F.linear)
+            return func(*args, **(kwargs or {}))
+
+    for modes in ((Counting(), batch_invariant()), (batch_invariant(), Counting())):
+        with modes[0], modes[1]:
+            assert_rows_alone(CALLS["linear"], normal(300, 48))
+        assert sum(getattr(mode, "calls", 0) for mode in modes) > len(PARTS)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_nothing_is_compiled_inside_of_the_body(before):
+    """Compiled loops are other loops, divided in other ways: the function runs as it is."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    def block(x):
+        return F.softmax(F.silu(F.linear(x, WEIGHT)), -1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend=backend)
+    if before:
+        compiled(normal(300, 48))
+    graphs = len(seen)
+    with batch_invariant():
+        assert_rows_alone(compiled, normal(300, 48))
+        with pytest.raises(Exception, match="inside of batch_invariant, nothing is compiled"):
+            torch.compile(block, backend=backend, fullgraph=True)(normal(300, 48))
+    assert len(seen) == graphs
+    compiled(normal(3, 48))
+    assert len(seen) > 0  # and outside of it, it is compiled
+    torch.compiler.reset()
