@@ -183,9 +183,9 @@ def _cancelling(right: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Ten
     """Rows (DRAWS, 1, K), a matrix that lies in memory like ``right``, and a bias if there is one, whose
     products are zero.
 
-    Each term comes once more, at another place, with the other sign; one of them as the bias. What is left of
-    such a sum is what was rounded on the way, and that shows the order of adding in every dtype; of a sum that
-    is not zero, rounding to 16 bits would hide nearly all of it.
+    Each term comes once more, at another place, with the other sign; for one of them, that is the bias. What
+    is left of such a sum is what was rounded on the way, and that shows the order of adding in every dtype;
+    of a sum that is not zero, rounding to 16 bits would hide nearly all of it.
     """
     generator = torch.Generator(right.device).manual_seed(0)  # the user's random numbers are not ours to take
     options = {"generator": generator, "device": right.device}
@@ -321,8 +321,28 @@ def _reduction(
     return result if keepdim else result.squeeze(-1)
 
 
-_CURVES = (F.silu, F.gelu, F.softplus, F.mish, F.elu, F.selu, F.celu, F.sigmoid, torch.sigmoid, Tensor.sigmoid)
-_CURVES += (torch.rsqrt, Tensor.rsqrt, torch.exp2, Tensor.exp2, torch.sinh, Tensor.sinh, torch.cosh, Tensor.cosh)
+_CURVES = (
+    F.silu,
+    F.gelu,
+    F.softplus,
+    F.mish,
+    F.elu,
+    F.selu,
+    F.celu,
+    F.sigmoid,
+    torch.sigmoid,
+    Tensor.sigmoid,
+)
+_CURVES += (
+    torch.rsqrt,
+    Tensor.rsqrt,
+    torch.exp2,
+    Tensor.exp2,
+    torch.sinh,
+    Tensor.sinh,
+    torch.cosh,
+    Tensor.cosh,
+)
 
 _HANDLERS: dict[Callable, Callable] = {
     F.linear: _linear,

@@ -119,9 +119,8 @@ class Scheduler:
         self.limits = limits or Limits()
         if self.limits.prefill_tokens < chunk_multiple:
             raise ValueError(
-                f"prefill_tokens must be at least {chunk_multiple} where a request's bits must not depend on "
-                f"its batch, because chunks of a prompt then end at multiples of that, "
-                f"got {self.limits.prefill_tokens}"
+                f"prefill_tokens must be at least {chunk_multiple}, because chunks of a prompt end at "
+                f"multiples of that in a batch-invariant engine, got {self.limits.prefill_tokens}"
             )
         self.chunk_multiple = chunk_multiple
         self.clock = clock

@@ -134,6 +134,28 @@ def test_rows_that_see_few_keys_are_one_batch(window, sinks, monkeypatch):
     assert calls == (["padded"] if window else ["padded", "alone"])
 
 
+@pytest.mark.parametrize("extended", [{}, {"s_aux": torch.zeros(3)}, {"softcap": 0.5}], ids=str)
+@pytest.mark.parametrize("size", [5, 8, 17, 20, 36])
+def test_a_row_does_not_depend_on_where_it_lies(size, extended):
+    """Neither on its slot in the pool nor on its place among the rows that decode, bit by bit."""
+    random = torch.Generator().manual_seed(0)
+    row = [torch.randn(1, heads, length, size, generator=random) for heads, length in ((3, 1), (1, 38))]
+    seen = []
+    for place in range(8):
+        q, k = (torch.randn(1, heads, 60, size, generator=random) for heads in (3, 1))
+        q[:, :, place : place + 1], k[:, :, place : place + 38] = row
+        segments = [*(Segment(i, 1, 0, i) for i in range(place)), Segment(place, 1, 37, place)]
+        pool = KVPool.__new__(KVPool)
+        pool.expands, pool.layers = False, [(k[0], k[0])]
+        batch = Ragged(segments, padded_bytes=0)
+        new = torch.stack([k[:, :, s.slot + s.past] for s in segments], 2)
+        with ragged(batch):
+            keys, values = RaggedCache(pool, batch).update(new, new, 0)
+            out, _ = ragged_attention(types.SimpleNamespace(), q, keys, values, None, **extended)
+        seen.append(out[0, place])
+    assert [place for place, out in enumerate(seen) if not torch.equal(out, seen[0])] == []
+
+
 EXTENDED = [{}, {"s_aux": torch.tensor([1.0, -2.0, 0.5, 3.0])}, {"softcap": 0.5}]
 """What some models ask for beside plain attention, of four heads."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -409,6 +410,12 @@ def test_version(qllm):
     import qllm_ops
 
     assert qllm("--version") == (0, f"qllm {qllm_ops.__version__}\n", "")
+
+
+def test_a_batch_invariant_engine_needs_long_chunks(qllm, tmp_path):
+    code, _, err = qllm("replay", *TINY, "--batch-invariant", "--duration", "1", "--out", tmp_path)
+    assert code == 2
+    assert re.search(r"prefill_tokens must be at least 512 .*got 128", " ".join(err.split()))
 
 
 @pytest.mark.parametrize("args", [[], ["--help"]])

@@ -572,7 +572,7 @@ def test_chunks_end_at_multiples():
     assert engine.drain(100)
     chunks = [[(r.start, r.end) for r in batch.rows] for batch in engine.history if batch.kind == "prefill"]
     assert chunks == [[(0, 10), (0, 16), (0, 3)], [(16, 40)]]
-    with pytest.raises(ValueError, match=r"prefill_tokens must be at least 8 here.*got 7"):
+    with pytest.raises(ValueError, match=r"prefill_tokens must be at least 8, .*batch-invariant.*got 7"):
         Scheduler("fcfs", limits_of(prefill_tokens=7), chunk_multiple=8)
 
 
