@@ -321,28 +321,8 @@ def _reduction(
     return result if keepdim else result.squeeze(-1)
 
 
-_CURVES = (
-    F.silu,
-    F.gelu,
-    F.softplus,
-    F.mish,
-    F.elu,
-    F.selu,
-    F.celu,
-    F.sigmoid,
-    torch.sigmoid,
-    Tensor.sigmoid,
-)
-_CURVES += (
-    torch.rsqrt,
-    Tensor.rsqrt,
-    torch.exp2,
-    Tensor.exp2,
-    torch.sinh,
-    Tensor.sinh,
-    torch.cosh,
-    Tensor.cosh,
-)
+_ACTIVATIONS = (F.silu, F.gelu, F.softplus, F.mish, F.elu, F.selu, F.celu, F.sigmoid)
+_CURVES = ("sigmoid", "rsqrt", "exp2", "sinh", "cosh")
 
 _HANDLERS: dict[Callable, Callable] = {
     F.linear: _linear,
@@ -350,7 +330,9 @@ _HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys((torch.mm, Tensor.mm), _mm),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _reduction),
-    **dict.fromkeys(_CURVES, _curve),
+    **dict.fromkeys(
+        (*_ACTIVATIONS, *(getattr(of, name) for of in (torch, Tensor) for name in _CURVES)), _curve
+    ),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
 }
 
@@ -373,10 +355,14 @@ class batch_invariant(TorchFunctionMode):
         with qllm_ops.batch_invariant():
             hidden_states = block(hidden_states)
 
-    That holds for :func:`qllm_ops.moe`, products by a matrix (`linear`, `matmul`), means and sums over the
-    last dimension, and `silu`, `gelu`, `softplus`, `sigmoid` and `rsqrt`. Other functions that torch computes
-    row by row were found to be so by themselves, on a CPU. It does not hold for attention, where the rows'
+    That holds for :func:`qllm_ops.moe`, products by a matrix (`linear`, `matmul`, `mm`, `addmm`, `@`), means
+    and sums over the last dimension, and activations, exponentials and powers. Other functions that torch
+    computes row by row, such as `softmax`, `layer_norm`, `tanh` and `exp`, were found to be so by themselves,
+    on a CPU. It does not hold for products of batches (`bmm`, `einsum`), nor for attention, where the rows'
     lengths matter: :class:`qllm_ops.scheduler.Engine` sees to that.
+
+    What decides how torch multiplies (its number of threads, TF32) must stay as it is. Nothing is compiled
+    inside of the body: what `torch.compile` made runs as if it had not been.
 
     A single row takes as long as 16 of them in a product on a CPU, and as 128 on a GPU. The first product of
     a shape is preceded by its proof, which takes as long as 3500 rows (on a GPU 28,000), needs the memory of

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import itertools
 import pickle
 import threading
 
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from qllm_ops import Activation, MoeRun, NotInvariantError, batch_invariant, invariant, moe
-from qllm_ops.invariant import SIZES, blocks, elementwise, is_batch_invariant, multiply, reduce_rows
+from qllm_ops.invariant import (
+    ALIGNMENT,
+    SIZES,
+    blocks,
+    elementwise,
+    is_batch_invariant,
+    multiply,
+    reduce_rows,
+)
 from qllm_ops.testing import MoeCase, assert_same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,6 +195,46 @@ def test_the_proof_sees_where_the_bias_is_added(library, dtype):
     sizes.clear()
     multiply(x, right, bias)
     assert sizes == [64, 64, 64, 64, 48]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_proof_shows_the_order_in_most_columns(dtype, biased):
+    right, bias = torch.empty(32, 500, dtype=dtype), torch.empty(500, dtype=dtype) if biased else None
+    rows, matrix, bias = invariant._cancelling(right, bias)
+    differ = torch.zeros(500, dtype=torch.bool)
+    for row in rows:
+        first = bias.float() if biased else 0.0
+        one, other = (in_order(row, matrix, order, first) for order in (range(32), range(32)[::-1]))
+        differ |= (one != other)[0]
+    assert differ.float().mean() >= 0.8
+
+
+def test_every_way_to_lie_in_memory_has_a_proof_of_its_own(monkeypatch):
+    """The proof's matrix lies as the one that is multiplied; the other operands begin at ALIGNMENT."""
+    calls, product = [], invariant._product
+
+    def call(x, right, bias, out=None):
+        others = (x,) if out is None else (x, out)
+        aligned = [of.is_contiguous() and of.data_ptr() % ALIGNMENT == 0 for of in others]
+        calls.append((*aligned, right.stride(), right.data_ptr() % ALIGNMENT, bias is None))
+        return product(x, right, bias, out)
+
+    def unaligned(rows: int, columns: int, numbers: int = 1) -> torch.Tensor:
+        return torch.zeros(rows * columns + numbers)[numbers:].view(rows, columns)
+
+    monkeypatch.setattr(invariant, "_product", call)
+    monkeypatch.setattr(invariant, "_known", {})
+    for numbers, turned, biased, of_threads in itertools.product((0, 1, 5), (0, 1), (0, 1), (1, 2)):
+        calls.clear()
+        right = unaligned(32, 48, numbers).T if turned else unaligned(48, 32, numbers)
+        with threads(of_threads):
+            multiply(unaligned(64, 48), right, torch.ones(32) if biased else None, unaligned(64, 32))
+            multiply(torch.ones(64, 48), right, torch.ones(32) if biased else None, torch.empty(64, 32))
+        assert len(calls) == invariant.DRAWS * len(SIZES) + 2
+        assert set(calls) == {
+            (*alike, right.stride(), 4 * numbers, not biased) for alike in ((True,), (True, True))
+        }
 
 
 def test_the_proof_takes_nothing_from_the_users_random_numbers(monkeypatch):
