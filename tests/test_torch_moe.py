@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +99,23 @@ def test_batch_invariance_of_larger_layers(dtype, activation, tiles):
     if dtype == torch.float32 and torch.backends.mkl.is_available():
         with pytest.raises(AssertionError):
             assert_batch_invariant(replace(case, batch_invariant=False), [5])
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch groups no products before 2.10")
+def test_batch_invariance_where_experts_would_be_grouped(tiles, monkeypatch):
+    """Many experts with few rows each are one call, unless a row's bits must not depend on the others."""
+    if tiles == "small tiles":
+        pytest.skip("larger tiles are meant")
+    case = MoeCase(60, 64, 96, 16, 2, batch_invariant=True)
+    calls, grouped_mm = [], F.grouped_mm
+    monkeypatch.setattr(
+        F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs)
+    )
+    alone(replace(case, batch_invariant=False))
+    assert calls
+    calls.clear()
+    assert_batch_invariant(case, [59, 3, 7])
+    assert not calls
 
 
 LARGE = MoeCase(700, 64, 96, 6, 2)
