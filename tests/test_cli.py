@@ -415,7 +415,7 @@ def test_version(qllm):
 def test_a_batch_invariant_engine_needs_long_chunks(qllm, tmp_path):
     code, _, err = qllm("replay", *TINY, "--batch-invariant", "--duration", "1", "--out", tmp_path)
     assert code == 2
-    assert re.search(r"prefill_tokens must be at least 512 .*got 128", " ".join(err.split()))
+    assert re.search(r"prefill_tokens must be at least 512, .*got 128", " ".join(err.split()))
 
 
 @pytest.mark.parametrize("args", [[], ["--help"]])
