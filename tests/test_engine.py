@@ -12,6 +12,7 @@ from tiny_models import STRETCHED, stretched_model, tiny_model
 from transformers.modeling_rope_utils import dynamic_rope_update
 
 from qllm_ops import PriorityFlag
+from qllm_ops.invariant import is_batch_invariant
 from qllm_ops.models import install, uninstall
 from qllm_ops.models.presets import make_preset
 from qllm_ops.scheduler import attention
@@ -69,20 +70,22 @@ def assert_same_logits(a: dict, b: dict) -> None:
     assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
-def test_kernels_are_loaded_before_a_lane_starts(model, monkeypatch):
-    """Loading one waits for the whole device, and so for work that is paused there."""
+@pytest.mark.parametrize("invariant", [False, True])
+def test_kernels_are_loaded_before_a_lane_starts(model, monkeypatch, invariant):
+    """Loading one waits for the whole device, and so for work that is paused there. Batch-invariant layers
+    have tiles of their own."""
     seen = []
 
     def warm_up(hidden_states, gate_up_proj, *args, flag, priority, **options):
         lanes = [thread.name for thread in threading.enumerate() if thread.name.startswith("qllm-")]
-        seen.append((gate_up_proj.shape, flag, priority, lanes))
+        seen.append((gate_up_proj.shape, flag, priority, lanes, is_batch_invariant()))
 
     monkeypatch.setattr("qllm_ops.models.experts.warm_up", warm_up)
-    with Engine(model, limits=LIMITS) as engine:
+    with Engine(model, limits=Limits(kv_reserve=0), batch_invariant=invariant) as engine:
         engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S)
         # Once for all layers, as they are alike.
         shape = (model.config.num_local_experts, 2 * model.config.intermediate_size, model.config.hidden_size)
-        assert seen == [(shape, engine.flag, BE, [])]
+        assert seen == [(shape, engine.flag, BE, [], invariant)]
 
 
 # -- the same answer as transformers -------------------------------------------------------------------
