@@ -287,7 +287,6 @@ def compare(
     timed[INVARIANT] = functools.partial(
         _every, [functools.partial(call, batch_invariant=True) for call in ours]
     )
-    timed[INVARIANT]()  # on a CPU, the proofs of its products
     if dense is not None:
         timed[DENSE] = functools.partial(
             _every, [functools.partial(moe, *tensors, backend=c.backend) for tensors in dense]

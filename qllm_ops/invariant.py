@@ -29,11 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-SMALLEST = {"cpu": 16}
-"""Rows of the smallest block. On a CPU, reading weights takes as long as multiplying them by so many."""
-
-SMALLEST_ELSEWHERE = 128
-"""On a GPU that is true of more rows: 200 to 300, by the datasheets of an A100 and an H200."""
+SMALLEST, SMALLEST_ON_CPU = 128, 16
+"""Rows of the smallest block: for so many, reading the weights takes about as long as multiplying by them. On
+a GPU that is true of 200 to 300 rows, by the datasheets of an A100 and an H200."""
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """The sizes of blocks, in smallest ones."""
@@ -117,6 +115,10 @@ def _multiply(x: Tensor, right: Tensor, bias: Tensor | None, out: Tensor | None 
     return out
 
 
+def smallest_block(device: torch.device) -> int:
+    return SMALLEST_ON_CPU if device.type == "cpu" else SMALLEST
+
+
 def blocks(rows: int, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Cut ``rows`` into blocks, (start, stop, size) each, the cheapest way if a call costs as much as CALL
     more of the smallest blocks. Only the last block may have fewer rows than its size."""
@@ -163,7 +165,7 @@ def _proven(right: Tensor, bias: Tensor | None) -> tuple[int, ...]:
 
 
 def _prove(right: Tensor, bias: Tensor | None) -> tuple[int, ...]:
-    smallest = SMALLEST.get(right.device.type, SMALLEST_ELSEWHERE)
+    smallest = smallest_block(right.device)
     rows, stand_in, stand_in_bias = _cancelling(right, bias)
     expected, sizes = [], []
     for size in (smallest * many for many in SIZES):
@@ -236,7 +238,7 @@ def reduce_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function(x)`` of (..., N) -> (..., 1), which reduces each row by itself, in blocks of one size: how
     torch divides a row among threads of a GPU depends on how many rows there are."""
     rows = x.reshape(-1, x.shape[-1])
-    size = SMALLEST.get(x.device.type, SMALLEST_ELSEWHERE)
+    size = smallest_block(x.device)
     padded = F.pad(rows, (0, 0, 0, -len(rows) % size))
     parts = [function(part) for part in padded.split(size)]
     return torch.cat(parts)[: len(rows)].view(*x.shape[:-1], 1)

@@ -75,8 +75,9 @@ def run_all(
     Returns:
         The runs by name, "ls_alone" first if there are LS requests, and the SLO in seconds.
     """
-    options = {"limits": limits, "seed": seed, "backend": backend, "gate": gate}
-    options["batch_invariant"] = batch_invariant
+    options = {
+        "limits": limits, "seed": seed, "backend": backend, "gate": gate, "batch_invariant": batch_invariant,
+    }  # fmt: skip
     plan = [(LS_ALONE, "tile", [a for a in arrivals if a.priority >= LS])]
     plan += [(get_policy(policy).name, policy, arrivals) for policy in policies]
     if slo_s is None:
@@ -129,8 +130,9 @@ def replay(
     arrivals = sorted(arrivals, key=lambda a: a.arrival_s)
     if not arrivals:
         raise ValueError("arrivals must hold at least one request, got none")
-    options = {"backend": backend, "gate": gate, "batch_invariant": batch_invariant}
-    engine = Engine(model, policy=policy, limits=limits, **options)
+    engine = Engine(
+        model, policy=policy, limits=limits, backend=backend, gate=gate, batch_invariant=batch_invariant
+    )
     stuck = False
     try:
         warm_up(engine, max(a.prompt_tokens for a in arrivals))
@@ -336,8 +338,9 @@ def measure_slo(
     as the paper's is one of its batch of 32. The median of about ``steps`` iterations counts.
     """
     limits = limits or Limits()
-    options = {"backend": backend, "gate": gate, "batch_invariant": batch_invariant}
-    with Engine(model, policy="priority", limits=limits, **options) as engine:
+    with Engine(
+        model, policy="priority", limits=limits, backend=backend, gate=gate, batch_invariant=batch_invariant
+    ) as engine:
         warm_up(engine, prompt_tokens)
         steps = min(steps, max(2, limits.kv_tokens // 2))
         prompt_tokens = max(1, min(prompt_tokens, limits.kv_tokens // limits.max_batch - steps))

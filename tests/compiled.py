@@ -29,7 +29,6 @@ DEVICES = {capability: Device(capability) for capability in (80, 90)}
 def compute(request: dict) -> dict:
     device, arch = DEVICES[request["capability"]], f"sm_{request['capability']}"
     device.use()
-    device.launches.clear()
     triton_moe.tiles_for.cache_clear()
     triton_moe.compiled_with.cache_clear()
     with (
@@ -46,7 +45,7 @@ def examine(device: Device, case, tiles, width) -> dict:
     whole.launch_all()
     assert_close(whole.output, case)
     assert whole.tiles_done == whole.tiles_total
-    record = {"tiles": whole.tiles_total}
+    record = {}
     for disturb in (pause_for_good, pause_and_share):
         flag, draw = PriorityFlag(), random.Random(case.seed)
         run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width)
@@ -78,7 +77,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
         done = run.step(None)
         device.between = lambda: None
         if patience <= 0:
-            # A program that had looked at the flag before may still take one; so may each later phase not.
+            # A program that had looked at the flag before may still take a ticket; none does in later phases.
             assert tickets() - before["tickets"] <= programs(run)
             assert run.tiles_taken - run.tiles_done - given_back <= programs(run)
             given_back = run.tiles_taken - run.tiles_done

@@ -60,6 +60,11 @@ def round_to_bits(numbers, kind: str) -> np.ndarray:
         return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
+def both_halves(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Registers of 32 bits that hold these 16 each."""
+    return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+
+
 def to_float8(numbers: np.ndarray) -> np.ndarray:
     """The bits of the nearest float8_e4m3fn, the largest one for all that is larger."""
     limited = torch.from_numpy(numbers).clamp(-448, 448)
@@ -282,8 +287,8 @@ class Threads:
             self.write(low, bits.astype(np.uint16))
             self.write(high, (bits >> np.uint32(16)).astype(np.uint16))
         elif source.startswith("{"):
-            low, high = (self.read(name, "b16").astype(np.uint32) for name in _names(source))
-            self.write(target, low | high << np.uint32(16))
+            low, high = (self.read(name, "b16") for name in _names(source))
+            self.write(target, both_halves(low, high))
         else:
             self.write(target, self.read(source, kind))
 
@@ -294,14 +299,14 @@ class Threads:
                 round_to_bits(self.read(name, "f32").astype(np.float64), to.removesuffix("x2"))
                 for name in sources
             )
-            self.write(target, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16))
+            self.write(target, both_halves(low, high))
         elif to == "e4m3x2" and of == "f32":
             high, low = (to_float8(self.read(name, "f32")).astype(np.uint16) for name in sources)
             self.write(target, low | high << np.uint16(8))
         elif to == "f16x2" and of == "e4m3x2":
             bits = self.read(source, "b16")
             low, high = (of_float8((bits >> np.uint16(shift)).astype(np.uint8)) for shift in (0, 8))
-            self.write(target, low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16))
+            self.write(target, both_halves(low, high))
         elif to in FLOATS and of == "f32":
             self.write(target, round_to_bits(self.read(source, "f32").astype(np.float64), to))
         elif of in FLOATS and to == "f32":
@@ -374,10 +379,10 @@ class Threads:
         two neighbours of a row, or of a column."""
         for i, name in enumerate(_names(targets)):
             low, high = (
-                self.shared[at[:, None] + np.arange(2)].view(np.uint16)[:, 0].astype(np.uint32)
+                self.shared[at[:, None] + np.arange(2)].view(np.uint16)[:, 0]
                 for at in self.neighbours(place, i, transposed)
             )
-            self.write(name, low | high << np.uint32(16))
+            self.write(name, both_halves(low, high))
 
     def store_matrices(self, place: str, names: str, transposed: bool) -> None:
         for i, name in enumerate(_names(names)):
@@ -483,8 +488,8 @@ def fma_of_halves(a, b, c, kind: str):
     for shift in (np.uint32(0), np.uint32(16)):
         x, y, z = (to_float64(value >> shift, kind) for value in (a, b, c))
         # Exact in float64 as long as the sum's two terms are not 37 binary digits apart.
-        halves.append(round_to_bits(x * y + z, kind).astype(np.uint32))
-    return halves[0] | halves[1] << np.uint32(16)
+        halves.append(round_to_bits(x * y + z, kind))
+    return both_halves(*halves)
 
 
 def _parse(ptx: str) -> tuple[list[tuple[str, str, list[str]]], dict[str, int]]:

@@ -25,14 +25,12 @@ class Device:
 
     Attributes:
         between: called whenever a block of a launch goes on to its next atomic operation.
-        launches: every launch: the kernel's name, and how often each block ran each instruction.
     """
 
     def __init__(self, capability: int):
         self.target = GPUTarget("cuda", capability, 32)
         self.draw = random.Random(0)
         self.between: Callable[[], None] = lambda: None
-        self.launches: list[tuple[str, list[dict[str, int]]]] = []
         self.utils = SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (0, 0, 0, 0, 1024),
             unload_module=lambda module: None,
@@ -67,11 +65,10 @@ class Device:
                 for argument, kind in zip(arguments, kinds, strict=True)
                 if kind != "constexpr"
             ]
-            grid = ptx.launch(
+            ptx.launch(
                 code, 32 * metadata.num_warps, metadata.shared, passed, blocks,
                 seed=self.draw.randrange(2**32), between=self.between,
             )  # fmt: skip
-            self.launches.append((metadata.name, [block.executed for block in grid]))
 
         return run
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conformity import first_model, table
+from served import served
 
 from qllm_ops.models import UnsupportedExpertsError
 from qllm_ops.scheduler.core import Limits
@@ -66,16 +67,9 @@ def test_batch_invariance(folder):
     if folder == "aria" and not ROWS[folder].dispatched:
         pytest.skip("transformers does not dispatch it before 5.23")
     requests = [prompt(n) for n in (40, 5, 17, 3, 33)]
-    margins = []
-    for together in (False, True):
-        with Engine(model, limits=Limits(kv_tokens=512, kv_reserve=0), batch_invariant=True) as engine:
-            handles = []
-            for i, ids in enumerate(requests):
-                handles.append(engine.submit(ids, max_new_tokens=4, priority=i % 2))
-                if not together:
-                    handles[-1].result(60)
-            margins.append([(handle.result(60), handle.request.margins) for handle in handles])
-    assert margins[0] == margins[1]
+    options = {"limits": Limits(kv_tokens=512, kv_reserve=0), "batch_invariant": True}
+    alone = served(model, requests, 4, together=False, **options)
+    assert served(model, requests, 4, together=True, **options) == alone
 
 
 def test_a_model_that_attends_in_chunks_is_served_within_the_first():

@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from served import served
 
 from qllm_ops import PriorityFlag, batch_invariant, moe
 from qllm_ops.activation import ACTIVATIONS
 from qllm_ops.inputs import MoeInputs, check_inputs
+from qllm_ops.models.presets import make_preset
+from qllm_ops.scheduler.core import Limits
 from qllm_ops.testing import CLAMPED, LAYOUTS, MoeCase, own_gate, own_norm
 from qllm_ops.tiles import TileConfig
 
@@ -432,23 +435,11 @@ def test_batch_invariance_of_torchs_products_and_norms(dtype):
 @pytest.mark.parametrize("preset", ["tiny", "tiny-deepseek-v3"])
 def test_a_batch_invariant_engine(preset):
     """Each request has the tokens and the margins that it has alone, in chunks and preempted as well."""
-    from qllm_ops.models.presets import make_preset
-    from qllm_ops.scheduler import Engine
-    from qllm_ops.scheduler.core import Limits
-
     model = make_preset(preset).to("cuda")
     prompts = [torch.randint(128, (n,)).tolist() for n in (1500, 5, 40, 300, 1, 64, 1025)]
-    seen = []
-    for together in (False, True):
-        limits = Limits(kv_tokens=8192, prefill_tokens=1024)
-        with Engine(model, limits=limits, batch_invariant=True) as engine:
-            handles = []
-            for i, ids in enumerate(prompts):
-                handles.append(engine.submit(ids, max_new_tokens=8, priority=i % 2))
-                if not together:
-                    handles[-1].result(60)
-            seen.append([(handle.result(60), handle.request.margins) for handle in handles])
-    assert seen[0] == seen[1]
+    options = {"limits": Limits(kv_tokens=8192, prefill_tokens=1024), "batch_invariant": True}
+    alone = served(model, prompts, 8, together=False, **options)
+    assert served(model, prompts, 8, together=True, **options) == alone
 
 
 def test_warm_up_leaves_nothing_to_compile():
