@@ -3,17 +3,18 @@
 An iteration's rows go through the model as one sequence of T tokens, so that projections and experts
 see no padding. Only attention must tell the rows apart. `RaggedCache` stands where transformers
 expects a cache: it writes the new keys and values into the pool. `ragged_attention`, registered with
-transformers as "qllm", attends row by row; the attention itself is torch's scaled_dot_product_attention,
-or, for a model with attention sinks or a soft cap on its scores, `_attend_with`.
+transformers as "qllm", attends to each row's keys: on a GPU in one launch where that can be had
+(`flash.py`), and row by row elsewhere. A row's attention is torch's scaled_dot_product_attention, or, for a
+model with attention sinks or a soft cap on its scores, `_attend_with`.
 
-Rows that decode over few keys are gathered into one padded batch: a call for each would cost more in
-calls than in attention. Over many keys the copy would cost more, so those rows are read where they lie.
+Row by row, those that decode over few keys are gathered into one padded batch: a call for each would cost
+more in calls than in attention. Over many keys the copy would cost more, so those are read where they lie.
 
 Most models hand what the cache returns to attention as it is; then that is the pool. Multi-head latent
 attention expands it first; then the cache returns all rows' latents one after the other, a copy. Which
 of the two a model does is seen in a probe.
 
-Queries of a long prompt go in blocks. A paused lane stops between two of them, as it does between two
+Queries of a long prompt go in blocks there. A paused lane stops between two of them, as it does between two
 tiles of an expert, so that no single attention over thousands of tokens keeps an urgent request waiting.
 """
 
@@ -35,6 +36,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qllm_ops.models.choices import Choice
 from qllm_ops.models.rotary import Row, positions_of
+from qllm_ops.scheduler import flash
 
 NAME = "qllm"
 
@@ -92,10 +94,12 @@ class Ragged:
     gate: Callable[[], None] | None = None  # called between blocks of queries; may stand still
     block_scores: int = BLOCK_SCORES
     padded_bytes: int = PADDED_BYTES
+    launch: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # as flash.attend_rows
     returned: torch.Tensor | None = field(default=None, init=False)  # keys that the cache returned last
     layer: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)  # its part of the pool
     expanded: bool = field(default=False, init=False)  # whether attention was given other keys than those
     _padded: dict = field(default_factory=dict, init=False)
+    _rows: flash.Rows | None = field(default=None, init=False)
 
     def keys_and_values(
         self, key: torch.Tensor, value: torch.Tensor
@@ -114,6 +118,13 @@ class Ragged:
         """The rows with one new token that sees at most so many keys, if there are two or more."""
         rows = [i for i, s in enumerate(self.segments) if s.length == 1 and s.seen(window) <= most_keys]
         return rows if len(rows) > 1 else []
+
+    def at_once(self, starts: list[int], keys: torch.Tensor) -> flash.Rows:
+        """All rows as one launch wants them; made once per iteration."""
+        if self._rows is None:
+            lengths, totals = zip(*((s.length, s.total) for s in self.segments), strict=True)
+            self._rows = flash.Rows.of(lengths, starts, totals, keys)
+        return self._rows
 
     def padded(self, rows: list[int], starts: list[int], window: int, like: torch.Tensor) -> Padded:
         """Those rows as one batch; made once per iteration and kind of layer."""
@@ -249,8 +260,13 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, **
     attend = partial(_attend_with, sinks=sinks, softcap=softcap) if extended else scaled_dot_product_attention
     block_scores = min(rows.block_scores, BLOCK_SCORES) if extended else rows.block_scores
     window = kwargs.get("sliding_window") or 0
-    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     keys, values, starts = rows.keys_and_values(key, value)
+    if rows.launch is not None and softcap is None and flash.takes(query, keys, values):
+        out, lse = rows.launch(query[0], keys, values, rows.at_once(starts, keys), window, scaling)
+        if sinks is not None:
+            out = _sink(out.transpose(0, 1)[None], lse[None], sinks)[0].transpose(0, 1)
+        return out.unsqueeze(0), None
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
     together = rows.decoding(rows.padded_bytes // keys[:, 0].nbytes, window)
     if together:
         batch = rows.padded(together, starts, window, query)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference
+from qllm_ops.scheduler import flash
 from qllm_ops.scheduler.report import device_meta
 
 INTERPRETER_TIMEOUT_S = 300
@@ -184,6 +185,9 @@ def _choices() -> Iterator[Check]:
     except ValueError as error:
         gate = str(error)
     yield Check("stream gate", None, gate)
+    refusal = flash.refusal(torch.device(device, torch.cuda.current_device()))
+    attention = f"row by row, because {refusal}" if refusal else "all rows of 16-bit models in one launch"
+    yield Check("attention", None, f"an engine attends {attention}")
 
 
 # -- the self-test -----------------------------------------------------------------------------------------

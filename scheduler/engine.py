@@ -73,8 +73,8 @@ class Engine:
             :class:`qllm_ops.PriorityFlag`.
         batch_invariant: True: the tokens of a request and the logits behind them are, bit by bit, those
             that it gets when it is alone in the engine, whatever else is served, under every policy. All
-            passes run inside of :class:`qllm_ops.batch_invariant`; rows that decode are attended one by one,
-            and chunks of a prompt end at multiples of a block of queries (512 tokens, on a GPU 1024).
+            passes run inside of :class:`qllm_ops.batch_invariant`; rows are attended as if each were
+            alone; chunks of a prompt end at multiples of a block of queries (512 tokens, on a GPU 1024).
         clock: monotonic time in seconds.
 
     Raises:

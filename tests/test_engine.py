@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from tiny_models import STRETCHED, stretched_model, tiny_model
+from served import generated, prompt
+from tiny_models import STRETCHED, gpt_oss_with_sinks, stretched_model, tiny_model
 from transformers.modeling_rope_utils import dynamic_rope_update
 
 from qllm_ops import PriorityFlag
@@ -31,34 +32,19 @@ def model():
     return make_preset("tiny")
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    draw = random.Random(f"{length}/{seed}")
-    return [draw.randrange(128) for _ in range(length)]
-
-
-def generated(model, ids: list[int], new: int) -> list[int]:
-    ids = torch.tensor([ids])
-    with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
-        )
-    return out[0, ids.shape[1] :].tolist()
-
-
 def record_logits(engine: Engine) -> dict[tuple[str, int], torch.Tensor]:
     """Every row's logits from now on, by (request, position)."""
     seen, runner, of_lane = {}, engine.runner, threading.local()
     run, forward = runner.run, runner._forward
 
     def note_forward(ids, rows):
-        of_lane.logits = forward(ids, rows)
-        return of_lane.logits
+        logits = forward(ids, rows)
+        of_lane.logits = {s.slot: row.clone() for s, row in zip(rows.segments, logits, strict=True)}
+        return logits
 
     def note_run(batch, granularity):
         outcomes = run(batch, granularity)
-        seen.update(
-            {(row.request.id, row.end): of_lane.logits[i].clone() for i, row in enumerate(batch.rows)}
-        )
+        seen.update({(row.request.id, row.end): of_lane.logits[row.request.region] for row in batch.rows})
         return outcomes
 
     runner.run, runner._forward = note_run, note_forward
@@ -204,20 +190,8 @@ def test_a_sliding_window():
         assert [handle.result(WAIT_S) for handle in handles] == expected
 
 
-def gpt_oss():
-    """A tiny one, with sinks that take much of some heads' attention, and a window of 16 in every other
-    layer."""
-    model = tiny_model("gpt_oss")
-    model.config.sliding_window = 16
-    for layer in model.model.layers:
-        layer.self_attn.sliding_window = layer.self_attn.sliding_window and 16
-        layer.self_attn.sinks.data = torch.tensor([-2.0, 0.0, 2.0, 4.0])
-        layer.self_attn.q_proj.weight.data *= 20  # so that which keys are seen counts
-    return model
-
-
 def test_attention_sinks_and_windows_with_best_effort_work_interrupted():
-    model = gpt_oss()
+    model = gpt_oss_with_sinks()
     requests = [(prompt(n, i), p) for i, (n, p) in enumerate([(700, BE), (5, LS), (40, BE), (300, LS)])]
     expected = [generated(model, ids, 6) for ids, _ in requests]
     with Engine(model, limits=LIMITS) as engine:
@@ -413,7 +387,7 @@ def test_an_install_from_before_the_engine_is_there_again_after_it():
 @pytest.mark.parametrize(("name", "policy"), [("tiny", "layer"), ("tiny", "tile"), ("gpt_oss", "tile")])
 def test_a_paused_pass_resumes_where_it_stood_bit_for_bit(name, policy):
     """A second thread pauses and resumes best-effort work at random while one request runs."""
-    model = gpt_oss() if name == "gpt_oss" else make_preset(name)
+    model = gpt_oss_with_sinks() if name == "gpt_oss" else make_preset(name)
 
     def run(disturb: bool):
         with Engine(model, policy=policy, limits=LIMITS) as engine:

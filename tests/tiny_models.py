@@ -99,6 +99,18 @@ STRETCHED = {
 """Rotary scalings that depend on the longest position of a call: from position 32 on."""
 
 
+def gpt_oss_with_sinks() -> PreTrainedModel:
+    """A tiny one, with sinks that take much of some heads' attention, and a window of 16 in every other
+    layer."""
+    model = tiny_model("gpt_oss")
+    model.config.sliding_window = 16
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = layer.self_attn.sliding_window and 16
+        layer.self_attn.sinks.data = torch.tensor([-2.0, 0.0, 2.0, 4.0])
+        layer.self_attn.q_proj.weight.data *= 20  # so that which keys are seen counts
+    return model
+
+
 def stretched_model(kind: str) -> PreTrainedModel:
     """A tiny model with rotary scaling of this kind, seeded: Mixtral, or Phi-MoE, whose own is longrope."""
     rope = {"rope_theta": 100.0, "rope_type": "longrope" if kind == "phimoe" else kind, **STRETCHED[kind]}
