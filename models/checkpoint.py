@@ -70,7 +70,7 @@ def load(
     1 MiB per thread that reads, or, where transformers' tables ask for more than stacking
     experts, the stored tensors of one tensor of the model.
 
-    Of a quantised checkpoint (FP8 in blocks; MXFP4; 4-bit groups of compressed-tensors), the
+    Of a quantised checkpoint (FP8 in blocks; MXFP4; 4-bit groups of compressed-tensors, GPTQ and AWQ), the
     experts stay as they are stored, on any device, and all other weights are dequantised one by one; so are
     experts that transformers' tables do more to than stacking, and those of classes that `install` fuses.
     Activations keep their dtype, unless ``fp8_activations``. Other ways to quantise are left to
@@ -470,8 +470,9 @@ class _Filling:
         nbytes = sum(tensor.nbytes for target in targets for tensor in target.stored)
         with Reader(nbytes, self.device, progress) as reader:
             reader.read(straight)
-            for name, assembly in assemblies.items():
-                self._hold(name, assembly.weight())
+            straight.clear()  # what is rearranged is then kept by its assembly alone
+            for name in list(assemblies):
+                self._hold(name, assemblies.pop(name).weight())
             for target in one_by_one:
                 self._work(target, reader)
         self._put_in_place()

@@ -5,13 +5,17 @@
     mxfp4                   X_blocks (E, N, K / 32, 16) uint8, X_scales (E, N, K / 32) uint8     mxfp4
     compressed-tensors      X_packed (N, K / 8) int32, X_scale (N, K / group), X_shape (2,)      int4
                             and, with zero points, X_zero_point (N / 8, K / group) int32
+    gptq                    Y.qweight (K / 8, N) int32, Y.scales (K / group, N),                 int4
+                            Y.qzeros (K / group, N / 8) int32, Y.g_idx (K,) int32
+    awq                     Y.qweight (K, N / 8) int32, Y.scales and Y.qzeros likewise           int4
 
-Each such weight takes the place of the dense tensor X that it stands for, so that transformers' tables, which
-know X, say where it goes.
+where X is Y.weight. Each such weight takes the place of the dense tensor X that it stands for, so that
+transformers' tables, which know X, say where it goes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +27,11 @@ from qllm_ops import QuantizedWeight
 from .projections import one_block
 from .shards import CheckpointError, StoredTensor
 
-METHODS = ("fp8", "mxfp4", "compressed-tensors")
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
 """Of quantization_config in config.json."""
+
+PACKINGS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+"""Those that are read of a method that has several; the first where a config does not say."""
 
 Slots = list[tuple[StoredTensor, torch.Tensor]]
 
@@ -39,6 +46,8 @@ class QuantizedTensor:
         dtype: what it becomes where the model wants it dense and does not say as what.
         format, block: as of `QuantizedWeight`.
         values, scales, zeros: where they are; ``zeros`` is None where there are no zero points.
+        order: the group of every column, where that is stored.
+        packing: one of PACKINGS, whose parts have inputs as rows; "" lies as `QuantizedWeight` has it.
         transposed: ``shape`` is (E, K, N), while the values lie as (E, N, K).
     """
 
@@ -50,6 +59,8 @@ class QuantizedTensor:
     values: StoredTensor
     scales: StoredTensor
     zeros: StoredTensor | None = None
+    order: StoredTensor | None = None
+    packing: str = ""
     transposed: bool = False
 
     @property
@@ -58,7 +69,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes + (self.zeros.nbytes if self.zeros else 0)
+        return sum(part.nbytes for part in (self.values, self.scales, self.zeros, self.order) if part)
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:
@@ -85,7 +96,9 @@ def gather(
     Raises:
         CheckpointError: a part is missing, surplus, or of a kind that is not read.
     """
-    find = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _packed}[quantization["quant_method"]]
+    find = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _packed}.get(
+        quantization["quant_method"], _gptq_or_awq
+    )
     left = dict(stored)
     found = {tensor.name: tensor for tensor in find(left, quantization, dtype)}
     for name in found.keys() & left.keys():
@@ -155,6 +168,47 @@ def _packed(
         yield QuantizedTensor(base, (rows, columns), dtype, "int4", (1, group), values, scales, zeros)
 
 
+def _gptq_or_awq(
+    left: dict[str, StoredTensor], quantization: dict[str, Any], dtype: torch.dtype
+) -> Iterator[QuantizedTensor]:
+    method, bits = quantization["quant_method"], quantization.get("bits")
+    named = quantization.get("version") if method == "awq" else None  # AutoAWQ's word for the other
+    packing = (named or quantization.get("checkpoint_format") or PACKINGS[method][0]).lower()
+    for name in [name for name in left if name.endswith(".qweight")]:
+        values, base = left.pop(name), name.removesuffix(".qweight")
+        if bits != 4 or packing not in PACKINGS[method]:
+            raise CheckpointError(
+                f"{values} has {bits} bits, packed as {packing!r}, by config.json; wanted 4 bits in "
+                f"{' or '.join(PACKINGS[method])}"
+            )
+        scales, zeros = (_take(left, f"{base}.{part}", values) for part in ("scales", "qzeros"))
+        order = left.pop(f"{base}.g_idx", None)
+        for part, code in ((values, "I32"), (zeros, "I32"), (scales, scales.code)):
+            if part.code != code or len(part.shape) != 2:
+                raise CheckpointError(
+                    f"{part} is {part.code} {list(part.shape)}, wanted {code} of two dimensions"
+                )
+        columns = values.shape[0] * (1 if method == "awq" else 8)
+        groups, rows = scales.shape
+        group = columns // groups if groups and columns % groups == 0 else 0
+        wanted = [groups, -(-rows // 8)]
+        if list(zeros.shape) != wanted or (order and order.shape != (columns,)):
+            wrong, wanted = (zeros, wanted) if list(zeros.shape) != wanted else (order, [columns])
+            raise CheckpointError(f"{wrong} has shape {list(wrong.shape)}, wanted {wanted}")
+        yield QuantizedTensor(
+            f"{base}.weight",
+            (rows, columns),
+            dtype,
+            "int4",
+            (1, group),
+            values,
+            scales,
+            zeros,
+            order,
+            packing,
+        )
+
+
 def _take(left: dict[str, StoredTensor], name: str, beside: StoredTensor) -> StoredTensor:
     if name not in left:
         raise CheckpointError(f"{beside} belongs to a tensor {name}, which is in no file")
@@ -184,26 +238,29 @@ class Assembly:
         for tensor in (tensor for tensors in sources for tensor in tensors):
             _check_alike(self.first, tensor)
         rows, block = self.first.rows_and_columns[0], 8 if self.first.zeros else self.first.block[0]
+        self.parts = len(sources)
         if len(sources) > 1 and rows % block:
             raise CheckpointError(
                 f"{self.first}: blocks of {block} rows do not divide its {rows} rows, so what lies below one "
                 "another would share blocks; this is not supported"
             )
-        values, scales, zeros = (
-            [[getattr(tensor, part) for tensor in tensors] for tensors in sources]
-            for part in ("values", "scales", "zeros")
+        self._values, self._scales, self._zeros, self._order = (
+            self._allocate([[getattr(tensor, part) for tensor in tensors] for tensors in sources], device)
+            for part in ("values", "scales", "zeros", "order")
         )
-        self._values, self._scales = self._allocate(values, device), self._allocate(scales, device)
-        self._zeros = self._allocate(zeros, device) if self.first.zeros else None
 
-    def _allocate(self, sources: list[list[StoredTensor]], device: torch.device) -> torch.Tensor:
+    def _allocate(
+        self, sources: list[list[StoredTensor | None]], device: torch.device
+    ) -> torch.Tensor | None:
         first = sources[0][0]
+        if first is None:
+            return None
         dtype = torch.float32 if first is self.first.scales and self.first.format == "fp8" else first.dtype
         if len(first.shape) > 2:  # all experts in one tensor
             whole = torch.empty(first.shape, dtype=dtype, device=device)
             self.slots.append((first, whole))
             return whole.flatten(2)
-        rows, columns = first.shape if len(first.shape) == 2 else (1, 1)
+        rows, columns = first.shape if len(first.shape) == 2 else (math.prod(first.shape), 1)
         whole = torch.empty(len(sources[0]), len(sources) * rows, columns, dtype=dtype, device=device)
         apart = whole.unflatten(1, (len(sources), rows))
         self.slots += [
@@ -218,16 +275,46 @@ class Assembly:
         format, block = self.first.format, self.first.block
         columns = self.first.rows_and_columns[1]
         try:
+            if self.first.packing:
+                return self._rearranged()
             if format == "int4":
                 return QuantizedWeight.from_compressed_tensors(self._values, self._scales, self._zeros)
             return QuantizedWeight(self._values, self._scales, format, block, columns)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self.first}, or one that lies beside it: {error}") from error
 
+    def _rearranged(self) -> QuantizedWeight:
+        """Of parts with inputs as rows, one below the other: each by itself, and then put together."""
+        stored = (self._values, self._zeros, self._scales, self._order)
+        apart = [None if of is None else of.unflatten(1, (self.parts, -1)) for of in stored]
+        weights = []
+        for part in range(self.parts):
+            values, zeros, scales, order = (None if of is None else of[:, part] for of in apart)
+            if self.first.packing == "gemm":
+                weights.append(QuantizedWeight.from_awq(values, zeros, scales))
+            else:
+                v2 = self.first.packing == "gptq_v2"
+                order = None if order is None else order[..., 0]
+                weights.append(QuantizedWeight.from_gptq(values, zeros, scales, order, v2=v2))
+        return weights[0] if len(weights) == 1 else _below_one_another(weights)
+
     def dequantized(self) -> torch.Tensor:
         """In float32 and the shape of the dense tensor; of one source."""
         dense = self.weight().dequantize()
         return (dense.mT if self.first.transposed else dense).reshape(self.first.shape)
+
+
+def _below_one_another(weights: list[QuantizedWeight]) -> QuantizedWeight:
+    """Of int4: one weight with the rows of all."""
+    first, zeros = weights[0], None
+    if any(weight.zeros is not None for weight in weights):
+        eights = [torch.full_like(weight.scales, 8, dtype=torch.uint8) for weight in weights]
+        zeros = [eight if w.zeros is None else w.zeros for w, eight in zip(weights, eights, strict=True)]
+        zeros = torch.cat(zeros, 1)
+    values, scales = (
+        torch.cat([getattr(weight, part) for weight in weights], 1) for part in ("values", "scales")
+    )
+    return QuantizedWeight(values, scales, first.format, first.block, first.columns, zeros)
 
 
 def _check_alike(first: QuantizedTensor, other: QuantizedTensor) -> None:
@@ -237,9 +324,11 @@ def _check_alike(first: QuantizedTensor, other: QuantizedTensor) -> None:
             raise CheckpointError(
                 f"{other} has {what} {got}, but {first} beside it {wanted}; wanted them alike"
             )
-    if bool(first.zeros) != bool(other.zeros):
-        one, none = (first, other) if first.zeros else (other, first)
-        raise CheckpointError(f"{one} has zero points, but {none} beside it none; wanted them alike")
+    for what, words in (("zeros", "zero points"), ("order", "a g_idx")):
+        has = [tensor for tensor in (first, other) if getattr(tensor, what)]
+        if len(has) == 1:
+            none = other if has[0] is first else first
+            raise CheckpointError(f"{has[0]} has {words}, but {none} beside it none; wanted them alike")
     if first.scales.shape != other.scales.shape or first.scales.code != other.scales.code:
         raise CheckpointError(
             f"{other.scales} is {other.scales.code} {list(other.scales.shape)}, but {first.scales} beside it "

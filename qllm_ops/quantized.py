@@ -161,6 +161,52 @@ class QuantizedWeight:
         zeros = None if weight_zero_point is None else _zeros_of_rows(weight_zero_point, weight_scale)
         return cls(values, weight_scale, "int4", block, columns, zeros)
 
+    @classmethod
+    def from_gptq(
+        cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, v2: bool = False
+    ) -> QuantizedWeight:
+        """From a 4-bit checkpoint of GPTQ (AutoGPTQ, GPTQModel), whose rows are the inputs.
+
+        Args:
+            qweight: (E, K / 8, N) int32: eight numbers of an output in one, the first in the lowest bits.
+            qzeros: (E, K / group, N / 8) int32: zero points of eight outputs in one.
+            scales: (E, K / group, N).
+            g_idx: (E, K), the group of every input. None: they are in order, which is all that is taken.
+            v2: the zero points are those; otherwise each is stored less 1, so that 16 is none.
+        """
+        _check_words("qweight", qweight, qzeros, scales, rows_in_one=8)
+        columns, groups = 8 * qweight.shape[1], scales.shape[1]
+        if g_idx is not None:
+            in_order = torch.arange(columns, device=g_idx.device) // (columns // groups)
+            if g_idx.shape[-1] != columns or not (g_idx == in_order).all():
+                raise ValueError(
+                    f"g_idx must be groups in order, input k in group k // {columns // groups} "
+                    "(desc_act=False), got others"
+                )
+        zeros = _numbers_of(qzeros).mT
+        if not v2:
+            if (zeros == 15).any():
+                raise ValueError("qzeros must be at most 14, less by 1 than what they stand for, got 15")
+            zeros = zeros + 1
+        values = qweight.mT.contiguous().view(torch.uint8)
+        return cls(values, scales.mT, "int4", (1, columns // groups), columns, _zeros_or_none(zeros))
+
+    @classmethod
+    def from_awq(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantizedWeight:
+        """From a 4-bit checkpoint of AWQ ("gemm" version), whose rows are the inputs.
+
+        Args:
+            qweight: (E, K, N / 8) int32: numbers of eight outputs in one, in AWQ_PLACES.
+            qzeros: (E, K / group, N / 8) int32: zero points likewise.
+            scales: (E, K / group, N).
+        """
+        _check_words("qweight", qweight, qzeros, scales, rows_in_one=1)
+        columns, groups = qweight.shape[1], scales.shape[1]
+        # One expert at a time: its numbers take a byte each meanwhile.
+        values = torch.stack([_packed(_awq_numbers_of(expert).mT) for expert in qweight])
+        zeros = _zeros_or_none(_awq_numbers_of(qzeros).mT)
+        return cls(values, scales.mT, "int4", (1, columns // groups), columns, zeros)
+
     # -- what it looks like ----------------------------------------------------------------------
 
     @property
@@ -329,6 +375,48 @@ def _zeros_of_rows(weight_zero_point: Tensor, weight_scale: Tensor) -> Tensor:
     shifts = 4 * torch.arange(8, device=weight_zero_point.device)
     halves = (weight_zero_point[:, :, None, :] >> shifts[:, None]) & 15
     return halves.flatten(1, 2)[:, :rows].to(torch.uint8)
+
+
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in a word of AWQ the numbers of outputs 0 to 7 are, counted from the lowest bits."""
+
+
+def _check_words(name: str, words: Tensor, qzeros: Tensor, scales: Tensor, rows_in_one: int) -> None:
+    """What GPTQ and AWQ store, (E, K / rows_in_one, ...) and (E, K / group, ...), before it is rearranged."""
+    for which, tensor in ((name, words), ("qzeros", qzeros), ("scales", scales)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{which} must be a tensor of three dimensions, the experts first, got {got}")
+        if which != "scales" and tensor.dtype != torch.int32:
+            raise TypeError(f"{which} must be int32, eight numbers each, got {tensor.dtype}")
+    experts, rows, last = words.shape
+    columns, outputs = rows * rows_in_one, last * (1 if rows_in_one > 1 else 8)
+    groups = scales.shape[1]
+    if groups == 0 or columns % groups or tuple(scales.shape) != (experts, groups, outputs):
+        raise ValueError(
+            f"scales must be (E, K / group, N) with E = {experts}, K = {columns} and N = {outputs} as in "
+            f"{name}, got shape {tuple(scales.shape)}"
+        )
+    if outputs % 8 or tuple(qzeros.shape) != (experts, groups, outputs // 8):
+        raise ValueError(
+            f"qzeros must be (E, K / group, N / 8) = ({experts}, {groups}, {outputs} / 8), "
+            f"got shape {tuple(qzeros.shape)}"
+        )
+
+
+def _numbers_of(words: Tensor) -> Tensor:
+    """(..., C) int32 -> (..., 8 * C) uint8, the lowest four bits first."""
+    halves = words.contiguous().view(torch.uint8)
+    return torch.stack((halves & 15, halves >> 4), -1).flatten(-2)
+
+
+def _awq_numbers_of(words: Tensor) -> Tensor:
+    return _numbers_of(words).unflatten(-1, (-1, 8))[..., list(AWQ_PLACES)].flatten(-2)
+
+
+def _zeros_or_none(zeros: Tensor) -> Tensor | None:
+    """None for a symmetric weight, which is stored with zero points in these formats as well."""
+    return None if (zeros == 8).all() else zeros
 
 
 def _with_whole_words(scales: Tensor) -> Tensor:

@@ -177,6 +177,86 @@ def test_what_compressed_tensors_packs_is_what_it_was():
     assert torch.equal(weight.dequantize()[0], expected)
 
 
+def random_words(*shape):
+    return torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def test_awq_is_read_as_compressed_tensors_converts_it():
+    name = "compressed_tensors.entrypoints.convert.converters.autoawq"
+    theirs = pytest.importorskip(name, reason="compressed-tensors with its converter is not installed")
+    qweight, qzeros = random_words(2, 64, 3).int(), random_words(2, 2, 3).int()
+    scales = torch.rand(2, 2, 24, generator=torch.Generator().manual_seed(0)) + 0.1
+    weight = QuantizedWeight.from_awq(qweight, qzeros, scales)
+    assert (weight.block, weight.shape) == ((1, 32), (2, 24, 64))
+    convert = theirs.AutoAWQConverter(group_size=32)._convert_gemm_module
+    for expert in range(2):
+        numbers, scale, zeros = convert(qweight[expert], scales[expert], qzeros[expert])
+        zeros, scale = (of.float().repeat_interleave(32, 1) for of in (zeros, scale))
+        assert torch.equal(weight.dequantize(expert), (numbers - zeros) * scale)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_gptq_is_read_from_a_checkpoint(v2):
+    """As AutoGPTQ packs: eight inputs of an output in an int32, or zero points of eight outputs."""
+    draw = torch.Generator().manual_seed(0)
+    codes, zeros = (torch.randint(0, 16, shape, generator=draw) for shape in ((2, 16, 64), (2, 16, 2)))
+    zeros = zeros.clamp(min=1)  # of which a zero cannot be stored less 1
+    scales = torch.rand(2, 2, 16, generator=draw) + 0.1
+    stored = in_int32(codes).mT, in_int32((zeros if v2 else zeros - 1).mT), scales
+    order = (torch.arange(64) // 32).expand(2, 64)
+    weight = QuantizedWeight.from_gptq(*stored, order, v2=v2)
+    wide = [of.float().repeat_interleave(32, 2) for of in (zeros, scales.mT)]
+    assert torch.equal(weight.dequantize(), (codes - wide[0]) * wide[1])
+    assert (weight.block, weight.zeros is None) == ((1, 32), False)
+    symmetric = torch.full_like(stored[1], -0x77777778 if v2 else 0x77777777)
+    weight = QuantizedWeight.from_gptq(stored[0], symmetric, scales, v2=v2)
+    assert torch.equal(weight.dequantize(), (codes - 8) * wide[1])
+    assert weight.zeros is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"qweight": random_words(2, 8, 16)}, TypeError, r"qweight must be int32.*int64"),
+        (
+            {"qweight": random_words(8, 16).int()},
+            ValueError,
+            r"qweight must be .* experts first, got \(8, 16\)",
+        ),
+        ({"qzeros": None}, ValueError, r"qzeros must be .* got NoneType"),
+        (
+            {"qzeros": random_words(2, 2, 3).int()},
+            ValueError,
+            r"qzeros must be .*16 / 8\), got .*\(2, 2, 3\)",
+        ),
+        ({"scales": torch.ones(2, 2, 15)}, ValueError, r"scales must be .* N = 16 .*\(2, 2, 15\)"),
+        ({"scales": torch.ones(2, 3, 16)}, ValueError, r"scales must be .* K = 64 .*\(2, 3, 16\)"),
+        ({"scales": torch.zeros(2, 2, 16)}, ValueError, r"scales must be positive and finite, got 0"),
+        (
+            {"g_idx": torch.zeros(2, 64)},
+            ValueError,
+            r"g_idx must be groups in order, input k in group k // 32",
+        ),
+        ({"qzeros": torch.full((2, 2, 2), -1).int()}, ValueError, "qzeros must be at most 14"),
+    ],
+)
+def test_what_is_no_gptq_is_named(changes, kind, message):
+    zeros = torch.full((2, 2, 2), 0x77777777).int()
+    arguments = {"qweight": random_words(2, 8, 16).int(), "qzeros": zeros, "scales": torch.ones(2, 2, 16)}
+    QuantizedWeight.from_gptq(**arguments)
+    with pytest.raises(kind, match=message):
+        QuantizedWeight.from_gptq(**(arguments | changes))
+
+
+def test_what_is_no_awq_is_named():
+    qweight, qzeros, scales = random_words(2, 64, 2).int(), random_words(2, 2, 2).int(), torch.ones(2, 2, 16)
+    QuantizedWeight.from_awq(qweight, qzeros, scales)
+    with pytest.raises(ValueError, match=r"scales must be .* K = 64 and N = 16 .*\(2, 2, 8\)"):
+        QuantizedWeight.from_awq(qweight, qzeros, scales[..., :8])
+    with pytest.raises(TypeError, match=r"qzeros must be int32.*int64"):
+        QuantizedWeight.from_awq(qweight, qzeros.long(), scales)
+
+
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 70)),
     shift=st.floats(-3, 3),

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import random
+import weakref
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 
 from qllm_ops import quantize_fp8, quantize_int4, quantize_mxfp4
 from qllm_ops.models import CheckpointError, install, load, make_preset, quantize_experts
+from qllm_ops.models.quantized_shards import Assembly
 from qllm_ops.quantized import FORMATS
 
 
@@ -71,6 +74,43 @@ def in_int4(tensors, group=64, symmetric=True):
     }
 
 
+def words(codes, places=range(8)):
+    """(rows, C) of 0 to 15 -> (rows, C / 8) int32, number n of eight at ``places[n]``, 0 the lowest bits."""
+    words = (codes.long().unflatten(-1, (-1, 8)) << 4 * torch.tensor(places)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def by_inputs(tensors, group, symmetric, store):
+    """Every projection as ``store`` makes it of its codes and zero points, both with inputs as rows."""
+    for name in [n for n in tensors if n.endswith("proj.weight") or ".experts." in n]:
+        weight = quantize_int4(tensors.pop(name)[None], group, symmetric)
+        halves = weight.values[0]
+        codes = torch.stack((halves & 15, halves >> 4), -1).flatten(1)
+        zeros = torch.full_like(weight.scales[0], 8) if symmetric else weight.zeros[0]
+        base = name.removesuffix("weight")
+        tensors[base + "scales"] = weight.scales[0].mT.to(torch.float16).contiguous()
+        tensors[base + "qweight"], tensors[base + "qzeros"] = store(codes.mT, zeros.mT)
+
+
+def in_gptq(tensors, group=64, symmetric=True, v2=False):
+    def store(codes, zeros):
+        return words(codes.mT).mT.contiguous(), words(zeros if v2 else zeros.clamp(min=1) - 1)
+
+    by_inputs(tensors, group, symmetric, store)
+    for name in [n for n in tensors if n.endswith("qweight")]:
+        columns = 8 * len(tensors[name])
+        tensors[name.replace("qweight", "g_idx")] = torch.arange(columns, dtype=torch.int32) // group
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": symmetric}
+    return config | ({"checkpoint_format": "gptq_v2"} if v2 else {})
+
+
+def in_awq(tensors, group=64, symmetric=False):
+    places = (0, 4, 1, 5, 2, 6, 3, 7)
+    by_inputs(tensors, group, symmetric, lambda codes, zeros: (words(codes, places), words(zeros, places)))
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return config | {"modules_to_not_convert": ["mlp.gate"]}
+
+
 STORED = {
     "fp8": (qwen3, in_fp8),
     "fp8, scales of 16 bits": (qwen3, functools.partial(in_fp8, scale_dtype=torch.bfloat16)),
@@ -81,6 +121,11 @@ STORED = {
     "int4": (qwen3, in_int4),
     "int4, zero points": (qwen3, functools.partial(in_int4, symmetric=False)),
     "int4, groups of 32": (mixtral, functools.partial(in_int4, group=32)),
+    "int4, gptq": (qwen3, in_gptq),
+    "int4, gptq, zero points": (mixtral, functools.partial(in_gptq, group=32, symmetric=False)),
+    "int4, gptq_v2, zero points": (qwen3, functools.partial(in_gptq, symmetric=False, v2=True)),
+    "int4, awq, zero points": (qwen3, in_awq),
+    "int4, awq": (mixtral, functools.partial(in_awq, group=32, symmetric=True)),
 }
 
 
@@ -173,6 +218,54 @@ def test_stored_numbers_arrive_unchanged(name, tmp_path):
                 wanted = torch.cat([tensors[f"{stem}.{expert}.{part}{end}"] for part in parts])
                 wanted = wanted.view(torch.uint8) if wanted.dtype == torch.int32 else wanted
                 assert torch.equal(got[expert].float(), wanted.float()), (key, expert, end)
+
+
+@pytest.mark.parametrize("packing", ["gptq", "awq"])
+def test_what_lies_by_inputs_arrives_rearranged(packing, tmp_path):
+    """Against the tensors of the file, unpacked number by number."""
+    quantise = functools.partial(in_gptq if packing == "gptq" else in_awq, symmetric=False)
+    tensors = load_file(save_quantized(tmp_path, qwen3(), quantise) / "model.safetensors")
+    draw = random.Random(0)
+
+    def number(part, base, k, n):
+        if packing == "gptq" and part == "qweight":
+            word, place = tensors[base + part][k // 8, n], k % 8
+        else:
+            word, place = tensors[base + part][k, n // 8], n % 8
+            place = (0, 4, 1, 5, 2, 6, 3, 7)[place] if packing == "awq" else place
+        return word.item() >> 4 * place & 15
+
+    for key, weight in projections_of(load(tmp_path)).items():
+        dense, stem = weight.dequantize(), key.rpartition(".")[0]
+        for _ in range(200):
+            expert, n, k = (draw.randrange(size) for size in weight.shape)
+            part, row = ("down_proj", n) if "down" in key else (("gate_proj", "up_proj")[n // 128], n % 128)
+            base = f"{stem}.{expert}.{part}."
+            zero = number("qzeros", base, k // 64, row) + (packing == "gptq")
+            wanted = (number("qweight", base, k, row) - zero) * tensors[base + "scales"][k // 64, row].float()
+            assert dense[expert, n, k] == wanted, (key, expert, n, k)
+
+
+@pytest.mark.parametrize("name", ["int4, gptq", "int4, awq, zero points"])
+def test_memory_beside_what_is_rearranged(name, tmp_path, monkeypatch):
+    """While one weight is put together, what the others were read into is there once and not twice."""
+    make, quantise = STORED[name]
+    save_quantized(tmp_path, make(), quantise)
+    read, left = [], []
+    init, weight = Assembly.__init__, Assembly.weight
+
+    def note_init(self, *args):
+        init(self, *args)
+        read.append(weakref.ref(self._values))
+
+    def note_weight(self):
+        left.append(sum(of() is not None for of in read))
+        return weight(self)
+
+    monkeypatch.setattr(Assembly, "__init__", note_init)
+    monkeypatch.setattr(Assembly, "weight", note_weight)
+    load(tmp_path)
+    assert left[:4] == [4, 3, 2, 1]  # two layers
 
 
 def test_stored_zero_points_arrive_unchanged(tmp_path):
@@ -358,6 +451,59 @@ def a_packed_tensor_that_is_too_short(tensors):
 @damage("int4", GATE + "_packed", "wanted I32 [N, K / 8]")
 def packed_in_bytes(tensors):
     tensors[GATE + "_packed"] = tensors[GATE + "_packed"].view(torch.uint8)
+
+
+@damage("int4, gptq", "0.self_attn.q_proj.qweight belongs to", "q_proj.qzeros")
+def no_words_of_zero_points(tensors):
+    del tensors[QUERY.replace("weight", "qzeros")]
+
+
+@damage("int4, gptq", "gate_proj", "g_idx must be groups in order", "k // 64")
+def inputs_in_another_order(tensors):
+    tensors[LAYER + "2.gate_proj.g_idx"] = tensors[LAYER + "2.gate_proj.g_idx"].flip(0).contiguous()
+
+
+@damage("int4, gptq", "up_proj.qweight has a g_idx", "gate_proj.qweight beside it none")
+def gates_without_an_order(tensors):
+    for expert in range(4):
+        del tensors[f"{LAYER}{expert}.gate_proj.g_idx"]
+
+
+@damage("int4, gptq", LAYER + "2.gate_proj.g_idx", "[255]", "wanted [256]")
+def an_order_that_is_too_short(tensors):
+    tensors[LAYER + "2.gate_proj.g_idx"] = tensors[LAYER + "2.gate_proj.g_idx"][:-1].clone()
+
+
+@damage("int4, gptq", "gate_proj", "qzeros must be at most 14", "got 15")
+def a_zero_point_of_16(tensors):
+    tensors[LAYER + "2.gate_proj.qzeros"].fill_(-1)
+
+
+@damage("int4, gptq", LAYER + "2.gate_proj.qzeros", "[4, 15]", "wanted [4, 16]")
+def too_few_words_of_zero_points(tensors):
+    name = LAYER + "2.gate_proj.qzeros"
+    tensors[name] = tensors[name][:, :-1].clone()
+
+
+@damage("int4, awq", "qweight", "I64", "wanted I32")
+def words_of_64_bits(tensors):
+    for name in [n for n in tensors if n.endswith("qweight")]:
+        tensors[name] = tensors[name].long()
+
+
+@damage("int4, awq", "qweight", "8 bits", "wanted 4 bits in gemm")
+def eight_bits_of_awq(tensors):
+    return {"quant_method": "awq", "bits": 8, "version": "gemm"}
+
+
+@damage("int4, awq", "qweight", "packed as 'gemv'", "wanted 4 bits in gemm")
+def another_way_to_pack(tensors):
+    return {"quant_method": "awq", "bits": 4, "version": "GEMV"}
+
+
+@damage("int4, gptq", "qweight", "packed as 'marlin'", "wanted 4 bits in gptq or gptq_v2")
+def packed_for_a_kernel(tensors):
+    return {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}
 
 
 @damage("mxfp4", LAYER + "down_proj_blocks belongs to", LAYER + "down_proj_scales")
