@@ -202,9 +202,9 @@ class QuantizedWeight:
         """
         _check_words("qweight", qweight, qzeros, scales, rows_in_one=1)
         columns, groups = qweight.shape[1], scales.shape[1]
-        # One expert at a time: its numbers take a byte each meanwhile.
-        values = torch.stack([_packed(_awq_numbers_of(expert).mT) for expert in qweight])
-        zeros = _zeros_or_none(_awq_numbers_of(qzeros).mT)
+        values = torch.stack([_awq_by_outputs(expert) for expert in qweight]).view(torch.uint8)
+        zeros = _numbers_of(qzeros).unflatten(-1, (-1, 8))[..., list(AWQ_PLACES)].flatten(-2)
+        zeros = _zeros_or_none(zeros.mT)
         return cls(values, scales.mT, "int4", (1, columns // groups), columns, zeros)
 
     # -- what it looks like ----------------------------------------------------------------------
@@ -397,6 +397,8 @@ def _check_words(name: str, words: Tensor, qzeros: Tensor, scales: Tensor, rows_
             f"scales must be (E, K / group, N) with E = {experts}, K = {columns} and N = {outputs} as in "
             f"{name}, got shape {tuple(scales.shape)}"
         )
+    if columns % 8:
+        raise ValueError(f"{name} must be of a multiple of 8 inputs, got shape {tuple(words.shape)}")
     if outputs % 8 or tuple(qzeros.shape) != (experts, groups, outputs // 8):
         raise ValueError(
             f"qzeros must be (E, K / group, N / 8) = ({experts}, {groups}, {outputs} / 8), "
@@ -410,8 +412,19 @@ def _numbers_of(words: Tensor) -> Tensor:
     return torch.stack((halves & 15, halves >> 4), -1).flatten(-2)
 
 
-def _awq_numbers_of(words: Tensor) -> Tensor:
-    return _numbers_of(words).unflatten(-1, (-1, 8))[..., list(AWQ_PLACES)].flatten(-2)
+def _awq_by_outputs(words: Tensor) -> Tensor:
+    """(K, N / 8) int32 in AWQ_PLACES -> (N, K / 8) int32, the first of eight inputs in the lowest bits."""
+    outputs = words.new_empty(words.shape[1], 8, len(words) // 8)
+    at_once = 64 if words.device.type == "cpu" else len(outputs)  # of 4096 inputs, what a cache holds
+    for some, of_some in zip(words.split(at_once, 1), outputs.split(at_once), strict=True):
+        eights = some.unflatten(0, (-1, 8))
+        for output, place in enumerate(AWQ_PLACES):
+            numbers = (eights >> 4 * place).bitwise_and_(15)
+            packed = numbers[:, 0]
+            for i in range(1, 8):
+                packed.bitwise_or_(numbers[:, i].bitwise_left_shift_(4 * i))
+            of_some[:, output] = packed.mT
+    return outputs.flatten(0, 1)
 
 
 def _zeros_or_none(zeros: Tensor) -> Tensor | None:

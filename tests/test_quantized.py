@@ -255,6 +255,8 @@ def test_what_is_no_awq_is_named():
         QuantizedWeight.from_awq(qweight, qzeros, scales[..., :8])
     with pytest.raises(TypeError, match=r"qzeros must be int32.*int64"):
         QuantizedWeight.from_awq(qweight, qzeros.long(), scales)
+    with pytest.raises(ValueError, match=r"qweight must be of a multiple of 8 inputs.*\(2, 60, 2\)"):
+        QuantizedWeight.from_awq(qweight[:, :60], qzeros, scales)
 
 
 @given(
