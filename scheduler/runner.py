@@ -170,6 +170,8 @@ class Runner:
         ragged_rows = self._ragged(segments, self._attention_gate if granularity == "tile" else None)
         with preemptible(self.flag if granularity else None, BE, granularity) as preemption:
             logits = self._forward([t for row in rows for t in row.tokens], ragged_rows)
+            if self.device.type == "cuda":  # what the pass took, and a failure in it, belong to it
+                torch.cuda.current_stream(self.device).synchronize()
         self.log.count_waste(preemption.wasted_tiles)
         ending = [i for i, row in enumerate(rows) if row.samples]
         requests = [rows[i].request for i in ending]
@@ -182,7 +184,7 @@ class Runner:
         return Ragged(segments, gate, *self._limits, launch=None if one_token else self._launch)
 
     def _forward(self, ids: list[int], rows: Ragged) -> torch.Tensor:
-        """Logits of each row's last token, (rows, vocabulary), on the CPU."""
+        """Logits of each row's last token, (rows, vocabulary)."""
         position = [p for s in rows.segments for p in range(s.past, s.total)]
         last = [s.query + s.length - 1 for s in rows.segments]
         with ragged(rows), self._invariance():
@@ -196,7 +198,7 @@ class Runner:
         logits = out.logits[0]
         if len(logits) != len(last):  # not every model knows logits_to_keep
             logits = logits[last]
-        return logits.cpu()
+        return logits
 
     def _invariance(self) -> contextlib.AbstractContextManager:
         return invariant.batch_invariant() if self.batch_invariant else contextlib.nullcontext()
@@ -255,7 +257,7 @@ class Runner:
         # More of the first row beside most of a second one, which is two tokens shorter; then one of each.
         middle = forward(self._ragged([Segment(0, n - 5, 4, 0), Segment(n - 5, n - 3, 0, n)]))
         last = forward(self._ragged([Segment(0, 1, n - 1, 0), Segment(1, 1, n - 3, n)]))
-        return torch.cat([last, middle]).float()
+        return torch.cat([last, middle]).float().cpu()
 
     def _check_attention(self, expected: torch.Tensor, routes: Routes) -> None:
         """That the engine's attention is the model's; row by row, if it is not in one launch."""

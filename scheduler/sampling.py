@@ -19,26 +19,29 @@ def sample(requests: Sequence[Request], logits: torch.Tensor) -> list[tuple[int,
     """The next token of every request and how far its best logit lies above the second best.
 
     Args:
-        logits: (requests, vocabulary) on the CPU, any float dtype.
+        logits: (requests, vocabulary), any float dtype, on any device: of a greedy request only these two
+            numbers leave it.
 
     Returns:
         In a request's place a LogitsError, if one of its logits is NaN or none is finite.
     """
     if not requests:
         return []
-    logits = logits.float()
-    best, tokens = (of.tolist() for of in logits.topk(min(2, logits.shape[1])))  # NaN counts as the largest
-    return [_pick(*row) for row in zip(requests, logits, best, tokens, strict=True)]
+    best, tokens = logits.max(-1)  # NaN counts as the largest; of equal ones the first, as in `generate`
+    others = logits.scatter(1, tokens[:, None], -torch.inf).max(-1).values if logits.shape[1] > 1 else best
+    numbers = (of.tolist() for of in (best, others, tokens))
+    return [_pick(*row) for row in zip(requests, logits, *numbers, strict=True)]
 
 
 def _pick(
-    request: Request, logits: torch.Tensor, best: list[float], tokens: list[int]
+    request: Request, logits: torch.Tensor, best: float, second: float, token: int
 ) -> tuple[int, float] | LogitsError:
-    if not math.isfinite(best[0]):
-        return LogitsError(f"the model gave logits that are not numbers (best: {best[0]})")
-    sampling, margin = request.sampling, best[0] - best[-1]
+    if not math.isfinite(best):
+        return LogitsError(f"the model gave logits that are not numbers (best: {best})")
+    sampling, margin = request.sampling, best - second
     if sampling.temperature == 0:
-        return tokens[0], margin
+        return token, margin
+    logits = logits.cpu().float()
     # A stream per token, not per request: a step that is repeated draws the same number again.
     generator = torch.Generator().manual_seed(_seed(sampling.seed, len(request.tokens)))
     scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits[None])

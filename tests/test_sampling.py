@@ -24,6 +24,14 @@ def test_greedy_takes_the_best_and_says_by_how_much():
     assert sample(request(), torch.tensor([4.0])) == (0, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_ones_the_first_is_taken(dtype):
+    """However many rows there are: a batch must not decide."""
+    logits = torch.full((40, 1000), -1.0, dtype=dtype)
+    logits[:, [3, 500, 999]] = 2.0
+    assert module.sample([request()] * 40, logits) == [(3, 0.0)] * 40
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([1.0, 0.0, -1.0, -30.0])
     draws = Counter(sample(request(temperature=2.0, seed=s), logits)[0] for s in range(3000))
