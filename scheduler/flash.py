@@ -73,7 +73,7 @@ def takes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool
     return (
         query.dtype in (torch.float16, torch.bfloat16)
         and query.dtype == keys.dtype == values.dtype
-        and size == keys.shape[-1] == values.shape[-1]
+        and values.shape[-1] <= size == keys.shape[-1]
         and size % 8 == 0
         and size <= LARGEST_HEAD
     )
@@ -87,7 +87,8 @@ def attend_rows(
 
     Args:
         query: (heads, T, d), float16 or bfloat16.
-        keys, values: (kv heads, N, d).
+        keys, values: (kv heads, N, d); values may be shorter than d (multi-head latent attention), which the
+            kernel does not know: they are padded.
         window: how many keys a query sees, itself included; 0 for all before it.
         scale: of the scores; d ** -0.5 by default.
         batch_invariant: a row's output does not depend on which others there are. So keys are never split
@@ -95,8 +96,11 @@ def attend_rows(
             it has another for batches of single queries, and another where a window exceeds all keys.
 
     Returns:
-        (T, heads, d), and the logarithms of the softmaxes' sums, (heads, T) float32.
+        (T, heads, size of the values), and the logarithms of the softmaxes' sums, (heads, T) float32.
     """
+    size = values.shape[-1]
+    if size < keys.shape[-1]:
+        values = torch.nn.functional.pad(values, (0, keys.shape[-1] - size))
     max_q, max_k, options = rows.max_q, rows.max_k, {}
     if batch_invariant:
         max_q, max_k = max(max_q, 2), max(keys.shape[1], window + 1)
@@ -108,7 +112,7 @@ def attend_rows(
         query.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1), rows.cu_q, rows.cu_k,
         max_q, max_k, 0.0, True, False, scale=scale, seqused_k=rows.used, **options,
     )  # fmt: skip
-    return out, lse
+    return out[..., :size], lse
 
 
 @functools.cache

@@ -99,12 +99,15 @@ def standing_in(monkeypatch):
     rows(),
     st.sampled_from([(4, 1), (4, 2), (2, 2)]),
     st.sampled_from([None, 1, 5, 64, 1000]),
+    st.sampled_from([SIZE, SIZE // 2]),
     st.booleans(),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_every_row_attends_to_its_own_keys(case, heads, window, expands, has_sinks, batch_invariant, seed):
+def test_every_row_attends_to_its_own_keys(
+    case, heads, window, value_size, expands, has_sinks, batch_invariant, seed
+):
     segments, slots = case
     heads, kv_heads = heads
     random = torch.Generator().manual_seed(seed)
@@ -113,13 +116,11 @@ def test_every_row_attends_to_its_own_keys(case, heads, window, expands, has_sin
         return torch.randn(shape, generator=random).to(torch.bfloat16)
 
     pool = KVPool.__new__(KVPool)
-    pool.expands, pool.layers = expands, [(normal(kv_heads, slots, SIZE), normal(kv_heads, slots, SIZE))]
+    sizes = (SIZE, value_size)
+    pool.expands, pool.layers = expands, [tuple(normal(kv_heads, slots, size) for size in sizes)]
     total = sum(s.length for s in segments)
-    q, k, v = (
-        normal(1, heads, total, SIZE),
-        normal(1, kv_heads, total, SIZE),
-        normal(1, kv_heads, total, SIZE),
-    )
+    q = normal(1, heads, total, SIZE)
+    k, v = (normal(1, kv_heads, total, size) for size in sizes)
     sinks = 3 * torch.randn(heads, generator=random) if has_sinks else None
     launch = functools.partial(flash.attend_rows, batch_invariant=batch_invariant)
     batch = Ragged(segments, launch=launch)
@@ -131,7 +132,7 @@ def test_every_row_attends_to_its_own_keys(case, heads, window, expands, has_sin
         out, _ = ragged_attention(
             types.SimpleNamespace(), q, keys, values, None, scaling=0.3, sliding_window=window, s_aux=sinks
         )
-    assert (out.shape, out.dtype) == ((1, total, heads, SIZE), torch.bfloat16)
+    assert (out.shape, out.dtype) == ((1, total, heads, value_size), torch.bfloat16)
     for s in segments:
         k_row, v_row = (layer[:, s.slot : s.slot + s.total].float() for layer in pool.layers[0])
         q_row = q[0, :, s.query : s.query + s.length].float()
@@ -181,7 +182,8 @@ def test_what_the_kernel_is_not_made_for_is_attended_row_by_row():
     assert takes(256, 256)
     assert not takes(dtype=torch.float32, value_dtype=torch.float32)
     assert not takes(value_dtype=torch.float16)
-    assert not takes(192, 128)  # multi-head latent attention
+    assert takes(192, 128)  # multi-head latent attention
+    assert not takes(128, 192)
     assert not takes(36, 36)
     assert not takes(264, 264)
 
@@ -251,7 +253,7 @@ def test_where_there_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "tile"])
-@pytest.mark.parametrize("name", ["tiny", "gpt_oss"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-deepseek-v3", "gpt_oss"])
 def test_tokens_are_those_of_generate(standing_in, name, policy):
     """Wherever rows lie in the pool: requests end and others take their place."""
     model = gpt_oss_with_sinks() if name == "gpt_oss" else make_preset(name)
