@@ -127,6 +127,7 @@ class Runner:
             self.close()
             raise
         if self.device.type == "cuda":
+            self._load_attention()
             torch.cuda.synchronize(self.device)  # the lanes' streams do not wait for this one
 
     def close(self) -> None:
@@ -208,6 +209,18 @@ class Runner:
         self.log.where = "attention"
         self.flag.wait(BE)
         self.log.where = "tile"
+
+    @torch.inference_mode()
+    def _load_attention(self) -> None:
+        """Run those kernels of the library that it chooses by the number of rows and keys, so that none is
+        loaded later: a load may wait for a stream that stands at a gate."""
+        for rows in (1, 2, 4, 8):
+            total = 128  # keys of a row that are not divided
+            while rows * total <= self.pool.tokens and total <= (self.max_positions or total):
+                self._forward(
+                    [0] * rows, self._ragged([Segment(i, 1, total - 1, i * total) for i in range(rows)])
+                )
+                total *= 2
 
     # -- proof that two lanes can share the model, and that its attention is ours to replace -----------
 

@@ -74,6 +74,28 @@ def test_kernels_are_loaded_before_a_lane_starts(model, monkeypatch, invariant):
         assert seen == [(shape, engine.flag, BE, [], invariant)]
 
 
+def test_attention_kernels_for_many_keys_are_loaded_before_a_lane_starts(model):
+    """On a GPU, where the library has several. Here: it harms nothing, and reaches all numbers of keys."""
+    seen = []
+    with Engine(model, limits=LIMITS) as engine:
+        forward = engine.runner._forward
+
+        def note(ids, rows):
+            seen.append([(s.slot, s.total, s.length) for s in rows.segments])
+            return forward(ids, rows)
+
+        engine.runner._forward = note
+        engine.runner._load_attention()
+        assert engine.submit(prompt(20), max_new_tokens=4).result(WAIT_S) == generated(model, prompt(20), 4)
+    loaded = [rows for rows in seen if rows[0][1] >= 128]
+    assert {(len(rows), rows[0][1]) for rows in loaded} == {
+        (n, total) for n in (1, 2, 4, 8) for total in (128, 256, 512, 1024, 2048, 4096) if n * total <= 4096
+    }
+    for rows in loaded:
+        assert [slot for slot, _, _ in rows] == [i * rows[0][1] for i in range(len(rows))]
+        assert {length for _, _, length in rows} == {1}
+
+
 # -- the same answer as transformers -------------------------------------------------------------------
 
 
