@@ -86,8 +86,7 @@ def test_floor_is_the_mean_over_the_routings():
 
 def test_rates_are_of_what_must_be_done_over_our_time():
     inputs = [layers.layer_inputs(TINY, 16, layers.weights(TINY, torch.bfloat16, CPU))]
-    ceilings = {"copy_bytes_per_s": {"p50": 1e9}, "product_flops_per_s": {"p50": 1e12}}
-    row = bench_moe.against_device(TINY, inputs, ceilings, ours_us=500.0)
+    row = check_speed.against_device(TINY, inputs, 1e9, 1e12, ours_us=500.0)
     assert row["flops"] == 6 * 16 * 2 * 64 * 96
     assert row["bytes"] == layers.bytes_to_move(TINY, inputs[0][3])
     assert row["memory_floor_us"] == pytest.approx(row["bytes"] / 1e3)
@@ -573,10 +572,11 @@ def test_without_the_device_it_says_so(tmp_path):
 
 
 def test_a_case_that_fails_is_a_row(capsys, monkeypatch):
-    monkeypatch.setattr(bench_moe, "compare", lambda *rest: 1 / 0)
+    monkeypatch.setattr(check_speed, "compare", lambda *rest: 1 / 0)
     monkeypatch.setattr(bench_moe, "one_exit", lambda *rest: {"shape": "tiny", "tokens": 4})
     args = SimpleNamespace(peers=["grouped_mm"], tokens=[4], seconds=0.0)
-    found = {"dtype": "float32", "absent": {}, "cases": [], "exits": [], "ceilings": {}, "left_out": []}
+    found = {"dtype": "float32", "absent": {}, "cases": [], "exits": [], "left_out": []}
+    found["ceilings"] = {"copy_bytes_per_s": {"p50": 1e9}, "product_flops_per_s": {"p50": 1e12}}
     bench_moe.one_model(args, context(), found, TINY, layers.weights(TINY, torch.float32, CPU), "bf16")
     assert found["cases"][0]["error"].startswith("ZeroDivisionError")
     found |= {"device": "cpu", "device_type": "cpu", "date": "2026-11-23"}
