@@ -21,9 +21,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
+from check_speed import known_ceilings
 from context import Context, Skip, free_memory, one_line, that_fit
 from layers import (
     DEEPSEEK,
@@ -44,7 +47,7 @@ from layers import (
 from timing import spread, synchronize
 
 from qllm_ops import FULL, MoeRun, PriorityFlag
-from qllm_ops.tiles import arch_of, layer_configs, leave_us, phase_sizes, row_class
+from qllm_ops.tiles import MULTIPROCESSORS, arch_of, layer_configs, leave_us, phase_sizes, row_class
 
 STUCK_S = 10.0
 MOMENTS = (0.03, 0.85)
@@ -60,7 +63,7 @@ def latency(c: Context) -> dict[str, Any]:
         row: dict[str, Any] = {"shape": shape.name, "tokens": num_tokens, "writers": {}}
         result["cases"].append(row)
         if c.backend == "triton":
-            row["tile_us"] = expected_us(shape, num_tokens, torch.bfloat16, c.device)
+            row["expected_us"] = expected_us(c, shape, num_tokens)
         synchronize(c.device)
         deadline = time.monotonic() + seconds
         ways = _ways(c, result["bare"], first=not result["cases"][1:])
@@ -100,18 +103,28 @@ def _ways(c: Context, bare: dict[str, Any], first: bool) -> list[tuple[str, Call
     return [*enqueued, ("step", step_exits)]
 
 
-def expected_us(shape: Shape, num_tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """How long a program that is told to leave should take at most, as `qllm_ops.tiles` estimates it."""
-    arch, (_, _, read_once) = arch_of(device), row_class(num_tokens, shape.top_k, shape.num_experts)
+def expected_us(c: Context, shape: Shape, num_tokens: int) -> dict[str, float]:
+    """How long a program that is told to leave a product should take at most.
+
+    At the rates of this device, and not at those that its tiles were chosen for.
+    """
+    from qllm_ops.triton_moe import multiprocessors
+
+    arch, (_, _, read_once) = arch_of(c.device), row_class(num_tokens, shape.top_k, shape.num_experts)
     sizes = phase_sizes(shape.top_k, shape.hidden_size, shape.intermediate_size)
     configs = layer_configs(
         num_tokens=num_tokens, top_k=shape.top_k, num_experts=shape.num_experts,
-        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, dtype=dtype, arch=arch,
+        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, dtype=torch.bfloat16,
+        arch=arch,
     )  # fmt: skip
-    return {
-        phase: leave_us(phase, configs[phase], sizes[phase][1], dtype, arch, read_once)
-        for phase in ("gate_up", "down")
-    }
+    bandwidth, rate = known_ceilings(c)
+    share = 1e-6 / multiprocessors(c.device)
+    measured = replace(MULTIPROCESSORS[arch], bytes_per_us=bandwidth * share, macs_per_us=rate / 2 * share)
+    with mock.patch.dict(MULTIPROCESSORS, {arch: measured}):
+        return {
+            phase: leave_us(phase, configs[phase], sizes[phase][1], torch.bfloat16, arch, read_once)
+            for phase in ("gate_up", "down")
+        }
 
 
 def brief(row: dict[str, Any]) -> str:

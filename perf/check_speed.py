@@ -88,7 +88,7 @@ def _smi_under_load(c: Context, size: int, rate: float, seconds: float = 1.5) ->
     return found
 
 
-def _ceilings(c: Context) -> tuple[float, float]:
+def known_ceilings(c: Context) -> tuple[float, float]:
     found = c.results.get("ceilings", {}).get("result") or ceilings(c)
     return found["copy_bytes_per_s"]["p50"], found["product_flops_per_s"]["p50"]
 
@@ -203,7 +203,7 @@ def speed(c: Context) -> dict[str, Any]:
     our graph time, with this device's measured ceilings. Sorting by expert is part of every time, the
     router of none. Beside quantised layers the same ones with dense weights.
     """
-    ceilings = _ceilings(c)
+    ceilings = known_ceilings(c)
     plan = that_fit(c, _speed_plan(c), lambda case: case[0].layer_bytes * (1 if case[1] == DENSE else 2))
     result: dict[str, Any] = c.so_far or {"cases": []}
     for (shape, format, counts), seconds in c.in_time(plan, _speed_name, lambda case: len(case[2])):

@@ -214,6 +214,7 @@ def work(options: dict[str, Any]) -> int:
     """Run the sections of ``options`` one after another."""
     if options["device"] == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # it is read when triton is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, and nobody waits for a network
     import torch
 
     if options["device"] == "cuda" and not torch.cuda.is_available():

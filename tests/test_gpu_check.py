@@ -667,6 +667,19 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
     assert "left early" in check_latency.brief(row)
 
 
+def test_an_exit_is_expected_at_the_rates_of_the_device(monkeypatch):
+    """Mixtral's down at T = 32: 32 rows of weights x 7168 columns x 2 bytes for each of two programs."""
+    monkeypatch.setattr(check_latency, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr("qllm_ops.triton_moe.multiprocessors", lambda device: 132)
+    found = {}
+    for bandwidth in (4.3e12, 3.0e12):
+        ceilings = {"copy_bytes_per_s": {"p50": bandwidth}, "product_flops_per_s": {"p50": 790e12}}
+        c = context("triton", results={"ceilings": {"result": ceilings}})
+        found[bandwidth] = check_latency.expected_us(c, layers.MIXTRAL, 32)["down"]
+    assert found[3.0e12] == pytest.approx(2 * 32 * 7168 * 2 / (3.0e6 / 132))
+    assert found[3.0e12] / found[4.3e12] == pytest.approx(4.3 / 3.0)
+
+
 def test_the_table_shows_errors_and_missing_parts():
     document = {
         "rehearsal": False,
