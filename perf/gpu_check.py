@@ -80,7 +80,11 @@ RESTART_S = 15.0
 START_S = 180.0
 """How long a process may take until its first section begins: importing torch from a cold disk."""
 
-NO_DEVICE, BROKEN_DEVICE = 2, 75
+FRESH = ("lanes",)
+"""Sections that begin in a process of their own: streams that stand still hold up those that share a hardware
+queue with them, and earlier sections leave dozens of streams behind."""
+
+NO_DEVICE, ANOTHER_PROCESS = 2, 75
 
 
 def main() -> int:
@@ -142,7 +146,7 @@ def supervise(command: list[str], options: dict[str, Any]) -> int:
                 document = json.loads(out.read_text())
                 entry = document["sections"][running]
                 how = f"hung, killed after {hung:.0f} s" if hung else f"its process ended with code {code}"
-                if code == BROKEN_DEVICE:
+                if code == ANOTHER_PROCESS:
                     how = entry.get("error") or "the device does not answer any more"
                 if lose_case(entry, "hung" if hung else "crashed", how):
                     remaining.insert(0, running)
@@ -150,7 +154,7 @@ def supervise(command: list[str], options: dict[str, Any]) -> int:
                 write(document, out)
             elif code == 0:
                 break
-            elif code != BROKEN_DEVICE:
+            elif code != ANOTHER_PROCESS:
                 print(f"the sections could not be started (exit code {code})", flush=True)
                 break
             resume = True
@@ -215,6 +219,7 @@ def work(options: dict[str, Any]) -> int:
     if options["device"] == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # it is read when triton is imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, and nobody waits for a network
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # for the stream gate; read when CUDA starts
     import torch
 
     if options["device"] == "cuda" and not torch.cuda.is_available():
@@ -241,6 +246,8 @@ def work(options: dict[str, Any]) -> int:
         write(progress, Path(options["progress"]))
 
     for n, name in enumerate(options["sections"]):
+        if name in FRESH and n:
+            return ANOTHER_PROCESS
         left = max(0.0, options["deadline"] - time.time())
         share = SHARES[name] / sum(SHARES[other] for other in options["sections"][n:])
         # What another process has begun goes on from its next case, within the time that it had.
@@ -276,7 +283,7 @@ def work(options: dict[str, Any]) -> int:
         write(document, out)
         if broken(device):
             print("  the device does not answer any more: what is left gets a new process", flush=True)
-            return BROKEN_DEVICE
+            return ANOTHER_PROCESS
         note(running=None, limit=time.time() + START_S)
     return 0
 

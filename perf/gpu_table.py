@@ -70,6 +70,8 @@ def _sections(sections: dict[str, Any]) -> Iterable[Row]:
             about = f"{len(cases) - len(failed)} of {len(cases)} cases passed {about}"
             worst = [case["rms"] for case in cases if case.get("rms") and case.get("dtype") == "bfloat16"]
             about += f"; worst bf16 RMS error {max(worst):.2e}" if worst else ""
+        if name == "compile" and result.get("failed"):
+            about = f"{len(result['failed'])} failed: {result['failed'][0][:200]}"
         if name == "ceilings" and result:
             about = (
                 f"{result['copy_bytes_per_s']['p50'] / 1e12:.2f} TB/s, "

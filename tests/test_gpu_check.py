@@ -223,13 +223,14 @@ def broken_once(c):
     return result
 
 gpu_check.GRACE_S = 1.0
-gpu_check.section = lambda name: {{"correctness": section, "speed": broken_once}}.get(name, lambda c: {{}})
+names = {{"correctness": section, "speed": broken_once}}
+gpu_check.section = lambda name: names.get(name, lambda c: {{"process": os.getpid()}})
 sys.exit(gpu_check.work(json.loads(sys.argv[2])))
 """
 
 
 def test_a_case_that_dies_hangs_or_breaks_the_device_costs_the_others_nothing(tmp_path):
-    sections = ["environment", "correctness", "speed", "replay"]
+    sections = ["environment", "correctness", "speed", "lanes", "replay"]
     script = CASES.format(perf=str(PERF))
     options = {"device": "cpu", "quick": True, "command": "", "budget_s": 60.0, "deadline": time.time() + 60}
     code, document = supervised(tmp_path, sections, script, **options)
@@ -244,7 +245,9 @@ def test_a_case_that_dies_hangs_or_breaks_the_device_costs_the_others_nothing(tm
     assert found["speed"]["status"] == "crashed"
     assert [case["shape"] for case in found["speed"]["result"]["cases"]] == ["other"]
     assert found["speed"]["lost"] == [{"case": "breaks", "how": "RuntimeError: illegal address"}]
-    assert found["replay"]["status"] == "done"
+    assert found["replay"]["status"] == found["lanes"]["status"] == "done"
+    processes = [found[name]["result"]["process"] for name in ("environment", "lanes", "replay")]
+    assert processes[0] != processes[1] == processes[2]
     assert (code, document["passed"]) == (1, False)
 
 
