@@ -480,6 +480,20 @@ def test_float8_activations_are_timed_where_they_can_be(format, dtype):
     check_speed.compare(context(), row, inputs, {}, 0.0)
     assert ("fp8_activations_faster" in row) == ((format, dtype) == ("fp8", torch.bfloat16))
     assert row["ratio"] == {}
+    if "fp8_activations_faster" in row:
+        assert 0.01 < row["fp8_activations_rms"] < 0.1
+
+
+def test_float8_activations_that_come_out_otherwise_are_not_timed(monkeypatch):
+    dense = layers.weights(TINY, torch.bfloat16, CPU)
+    inputs = [layers.with_weights(layers.layer_inputs(TINY, 9, dense), layers.quantized(dense, "fp8"))]
+    moe = check_speed.moe
+    doubled = lambda *x, **options: moe(*x, **options) * (1 + options.get("fp8_activations", False))  # noqa: E731
+    monkeypatch.setattr(check_speed, "moe", doubled)
+    row = {"shape": "tiny", "tokens": 9, "peers": {}}
+    check_speed.compare(context(), row, inputs, {}, 0.0)
+    assert "off by" in row["peers"]["fp8_activations"]
+    assert "fp8_activations_faster" not in row
 
 
 def test_what_widening_costs_is_measured_against_dense_weights(monkeypatch, capsys):
