@@ -40,7 +40,17 @@ from layers import (
     weights,
     with_weights,
 )
-from timing import Call, capture, copy_bandwidth, host_seconds, interleaved, matmul_rate, spread, synchronize
+from timing import (
+    Call,
+    Mark,
+    capture,
+    copy_bandwidth,
+    host_seconds,
+    interleaved,
+    matmul_rate,
+    spread,
+    synchronize,
+)
 
 from qllm_ops import PriorityFlag, moe
 
@@ -73,19 +83,21 @@ def ceilings(c: Context) -> dict[str, Any]:
     c.say(f"copy {copy['p50'] / 1e12:.3f} TB/s, {size}^3 product {product['p50'] / 1e12:.0f} TFLOP/s")
     result = {"copy_bytes_per_s": copy, "product_flops_per_s": product, "product_size": size}
     if c.device.type == "cuda":
-        result["nvidia_smi_under_load"] = _smi_under_load(c, size, product["p50"])
+        result |= _under_load(c, size, product["p50"])
     return result
 
 
-def _smi_under_load(c: Context, size: int, rate: float, seconds: float = 1.5) -> dict[str, str] | None:
-    """Clocks and power while products run; idle, they say nothing."""
+def _under_load(c: Context, size: int, rate: float, seconds: float = 1.5) -> dict[str, Any]:
+    """Clocks and power while products run; idle, they say nothing. And the rate of so many in a row."""
     a = torch.empty(size, size, dtype=torch.bfloat16, device=c.device).normal_()
-    out = torch.empty_like(a)
-    for _ in range(int(seconds * rate / (2 * size**3))):
+    out, products = torch.empty_like(a), int(seconds * rate / (2 * size**3))
+    begin = Mark(c.device)
+    for _ in range(products):
         torch.mm(a, a, out=out)
+    end = Mark(c.device)
     found = nvidia_smi(c.device)
-    synchronize(c.device)
-    return found
+    sustained = products * 2 * size**3 / end.seconds_after(begin)
+    return {"nvidia_smi_under_load": found, "sustained_product_flops_per_s": sustained}
 
 
 def known_ceilings(c: Context) -> tuple[float, float]:

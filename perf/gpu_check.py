@@ -198,8 +198,10 @@ def watch(command: list[str], progress_file: Path) -> tuple[int, dict[str, Any],
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
-            process.wait()
-    return process.returncode, read_progress(progress_file), hung
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
+                process.wait(20)
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
+    return code, read_progress(progress_file), hung
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -560,6 +560,12 @@ def test_each_phase_has_a_time_a_floor_and_its_tiles(format):
     assert found["down"]["programs"] > 0
 
 
+def test_the_rate_under_load_is_that_of_all_its_products():
+    start = time.perf_counter()
+    found = check_speed._under_load(context(), 64, 1e9, seconds=0.01)  # 19 products
+    assert found["sustained_product_flops_per_s"] > 19 * 2 * 64**3 / (time.perf_counter() - start)
+
+
 def test_the_goals_of_a_result():
     spread = {"n": 9, "p25": 1.0, "p50": 1.25, "p75": 1.5, "p99": 40.0}
     speed = {"shape": "OLMoE-1B-7B", "tokens": 8192, "graph_us": {"qllm": spread, "grouped_mm": spread}}
