@@ -52,7 +52,8 @@ def lanes(c: Context) -> dict[str, Any]:
         del pair
         free_memory(c.device)
         c.keep(result)
-    return result | {"passed": not any(way.get("wrong") for row in result["gates"] for way in _ways(row))}
+    wrong = any(way["wrong"] for row in result["gates"] for way in _ways(row))
+    return result | {"passed": not wrong and not any("error" in row for row in result["gates"])}
 
 
 def _plan(c: Context) -> list[tuple[Shape, int]]:

@@ -90,6 +90,8 @@ def _latency(sections: dict[str, Any]) -> Iterable[Row]:
                 yield [*cells, row["error"]]
                 continue
             counts = f"{row['left_early']} of {row['samples']} left"
+            if "expected_us" in case:
+                counts += f", at most {max(case['expected_us'].values()):.0f} expected of a tile"
             yield [*cells, _three(row["host_us"]), _three(row.get("device_us")), counts]
     bare = _result(sections, "latency").get("bare", {})
     for writer, row in bare.items():

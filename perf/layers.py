@@ -241,12 +241,8 @@ class Launches:
         for phase in self._layer._phases:
             kernel = self._layer._launch(phase, poll=False)
             row = found[phase.kernel] = {"programs": self._layer._grid(phase)[0]}
-            if kernel is not None:  # as it is in the interpreter
-                row |= {
-                    "registers": kernel.n_regs,
-                    "spills": kernel.n_spills,
-                    "warps": kernel.metadata.num_warps,
-                }
+            if kernel is not None:  # in the interpreter it is
+                row |= {"registers": kernel.n_regs, "spills": kernel.n_spills}
                 row["shared_bytes"] = kernel.metadata.shared
         return found
 

@@ -387,6 +387,14 @@ def test_a_broken_run_fails_the_bitwise_section(monkeypatch, broken, capfd):
     assert result["cases"][0]["wrong"]
 
 
+@pytest.mark.parametrize(
+    "broken", [lambda *rest: 1 / 0, lambda *rest: {"passes": 9, "pauses": 9, "wrong": 1}]
+)
+def test_a_gate_that_fails_fails_the_lanes(monkeypatch, broken, capfd):
+    monkeypatch.setattr(check_lanes, "while_paused", broken)
+    assert check_lanes.lanes(context())["passed"] is False
+
+
 def test_bitwise_without_a_preemption_proves_nothing(monkeypatch, capfd):
     monkeypatch.setattr(check_correct.Preempted, "flips", lambda self, deadline: None)
     monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 8, "bf16")])
@@ -573,13 +581,14 @@ def test_the_goals_of_a_result():
     exits = {"samples": 9, "left_early": 9, "lost_tiles": 0, "programs": 4}
     exits["host_us"] = spread | {"max": 50.0}
     exits["device_us"] = spread | {"max": 50.0}
+    writers = {"copy": exits, "step": {"error": "no"}}
     results = {
         "speed": {"cases": [speed, {"shape": "a", "tokens": 1, "peers": {}, "error": "bad"}]},
         "polling": {
             "cases": [{"shape": "a", "tokens": 1, "overhead": 0.001, "noise": 0.0, "without_us": spread}]
         },
         "latency": {
-            "cases": [{"shape": "a", "tokens": 1, "writers": {"copy": exits, "step": {"error": "no"}}}]
+            "cases": [{"shape": "a", "tokens": 1, "writers": writers, "expected_us": {"down": 40.4}}]
         },
     }
     sections = {name: {"status": "done", "result": result} for name, result in results.items()}
@@ -589,6 +598,7 @@ def test_the_goals_of_a_result():
     text = "\n".join(gpu_table.summary(document))
     assert "at most 40.0 us (a T=1, 9 exits), of 1 case" in text
     assert "lowest 70 % (OLMoE-1B-7B T=8192), of 1 case" in text
+    assert "9 of 9 left, at most 40 expected of a tile" in text
 
 
 # -- exit latency, on a device that is a thread ------------------------------------------------------------
