@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ import peers
 import roofline
 import torch
 from check_latency import enqueued_exits, step_exits, writer_of
-from check_speed import TOKENS, ceilings, compare, floor, polling_cost, rotated
+from check_speed import TOKENS, ceilings, one_layer, polling_cost, rotated
 from compile_ahead import compile_all
 from context import Context, cpu_name, free_memory, one_line, that_fit
 from goals import best_peer, goals, memory_ratio, name_of, quartiles
@@ -47,16 +46,12 @@ from layers import (
     Pair,
     Shape,
     Tensors,
-    bytes_to_move,
     layer_inputs,
     quantized,
-    stored_bytes,
     weights,
     with_weights,
 )
 from timing import synchronize
-
-from qllm_ops import moe
 
 MODELS = {
     "mixtral": MIXTRAL,
@@ -155,7 +150,7 @@ def measure(args: argparse.Namespace, c: Context, document: dict[str, Any]) -> N
     shapes = [MODELS[name] for name in args.models]
     document["environment"] = gpu_check.environment(c)
     if c.device.type == "cuda":
-        document["compiled"] = compile_all(c, shapes, args.formats)
+        document["compiled"] = compile_all(c, shapes, args.formats, args.tokens)
     document["ceilings"] = ceilings(c)
     # The dense weights stay beside the quantised ones: half as much again at the most.
     copies = 1 if args.formats == [DENSE] else 1.5
@@ -212,53 +207,15 @@ def one_case(
     found: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Times, floors, polling and memory of one number of tokens, into ``case``; ``pairs``: dense, timed."""
-    dense = rotated(shape, case["tokens"], pairs[0])
-    inputs = [with_weights(tensors, pairs[1]) for tensors in dense]
-    case["memory"] = extra_memory(c, shape, inputs[0])
-    compare(c, case, inputs, bound, 0.5 * seconds, dense if case["format"] != DENSE else None)
-    case |= against_device(shape, inputs, found, case["graph_us"]["qllm"]["p50"])
+    """Times, phases, floors, polling and memory of one number of tokens, into ``case``."""
+    ceilings = found["copy_bytes_per_s"]["p50"], found["product_flops_per_s"]["p50"]
+    one_layer(c, case, shape, pairs, bound, ceilings, 0.5 * seconds)
     try:
+        inputs = [with_weights(tensors, pairs[1]) for tensors in rotated(shape, case["tokens"], pairs[0])]
         case["polling"] = polling_cost(c, inputs, 0.5 * seconds)
     except Exception as error:
         case["polling"] = {"error": one_line(error)}
         synchronize(c.device)
-
-
-def against_device(
-    shape: Shape, inputs: list[Tensors], found: dict[str, Any], ours_us: float
-) -> dict[str, Any]:
-    """What must move and be computed, on average over the routings, and the rates at which ours does."""
-    bandwidth, rate = found["copy_bytes_per_s"]["p50"], found["product_flops_per_s"]["p50"]
-    expert_bytes = stored_bytes(inputs[0][1:3])
-    nbytes = statistics.mean(bytes_to_move(shape, x[3], x[0].element_size(), expert_bytes) for x in inputs)
-    flops = shape.flops(inputs[0][3].numel())
-    return {
-        "bytes": nbytes,
-        "flops": flops,
-        "memory_floor_us": nbytes / bandwidth * 1e6,
-        "arithmetic_floor_us": flops / rate * 1e6,
-        **floor(shape, inputs, bandwidth, rate),
-        "of_copy": nbytes / (ours_us * 1e-6) / bandwidth,
-        "of_matmul": flops / (ours_us * 1e-6) / rate,
-    }
-
-
-def extra_memory(c: Context, shape: Shape, tensors: Tensors) -> dict[str, int] | None:
-    """Peak of what one call takes beyond its arguments. Only CUDA's allocator tells."""
-    if c.device.type != "cuda":
-        return None
-    moe(*tensors, backend=c.backend)  # what is made once is not this call's
-    free_memory(c.device)
-    torch.cuda.reset_peak_memory_stats(c.device)
-    before = torch.cuda.memory_allocated(c.device)
-    output = moe(*tensors, backend=c.backend)
-    synchronize(c.device)
-    return {
-        "peak_bytes": torch.cuda.max_memory_allocated(c.device) - before,
-        "output_bytes": output.numel() * output.element_size(),
-        "intermediate_bytes": tensors[3].numel() * shape.intermediate_size * output.element_size(),
-    }
 
 
 def exit_tokens(c: Context, asked: Iterable[int]) -> list[int]:

@@ -11,17 +11,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from context import Context, free_memory, one_line, that_fit
 from goals import name_of
 from layers import (
     DEEPSEEK,
     DENSE,
     FORMATS,
+    MAX_RELATIVE,
     MIXTRAL,
     OLMOE,
     QWEN3,
     SHAPES,
     TINY,
+    Launches,
     Shape,
     Tensors,
     errors,
@@ -35,10 +38,16 @@ from layers import (
     weights,
     with_weights,
 )
+from timing import synchronize
 
 from qllm_ops import FULL, MoeRun, PriorityFlag, moe
+from qllm_ops.inputs import check_inputs
+from qllm_ops.torch_moe import widened
 
 TOKENS = (1, 8, 32, 256, 2048, 8192)
+
+SOME_TOKENS = (1, 32, 256)
+"""For other dtypes and formats."""
 
 
 # -- correctness -----------------------------------------------------------------------------------------
@@ -51,33 +60,35 @@ def correctness(c: Context) -> dict[str, Any]:
     one that nobody pauses (with the poll); the second must have the bits of the first. Quantised layers
     come last, against the numbers that their weights stand for.
     """
-    rows: list[dict[str, Any]] = []
-    result = {"cases": rows, "passed": True}
+    result = c.so_far or {"cases": [], "passed": True}
+    rows = result["cases"]
     plan = that_fit(c, _plan(c), _plan_bytes)
-    for (shape, dtype, format), _ in c.in_time(plan, lambda case: f"{case[0].name} {case[1]} {case[2]}"):
+    for (shape, dtype, format), _ in c.in_time(plan, _case_name):
         before = len(rows)
-        failed = _one_shape(c, rows, shape, dtype, format)
+        failed = _one_shape(c, result, shape, dtype, format)
         free_memory(c.device)
         worst = max((r["rms"] or 0.0 for r in rows[before:]), default=0.0)
-        name = f"{shape.name} {short(dtype)}" + (f" {format}" if format != DENSE else "")
-        c.say(f"{name}: {'FAILED' if failed else 'fine'}, worst RMS error {worst:.1e}")
-        result["passed"] = all(row["passed"] for row in rows)
-        c.keep(result)
+        c.say(f"{_case_name((shape, dtype, format))}: {'FAILED' if failed else 'fine'}, RMS {worst:.1e}")
     return result
 
 
-def _one_shape(c: Context, rows: list, shape: Shape, dtype: torch.dtype, format: str) -> int:
+def _case_name(case: tuple[Shape, torch.dtype, str]) -> str:
+    shape, dtype, format = case
+    return f"{shape.name} {short(dtype)}" + (f" {format}" if format != DENSE else "")
+
+
+def _one_shape(c: Context, result: dict[str, Any], shape: Shape, dtype: torch.dtype, format: str) -> int:
     """How many cases failed."""
     dense = weights(shape, dtype, c.device)
     pair = quantized(dense, format)
     some = dtype != torch.bfloat16 or format != DENSE
-    counts = (1, 32, 256) if some and not c.rehearsal else _token_counts(c)
+    counts = SOME_TOKENS if some and not c.rehearsal else _token_counts(c)
     cases = [(f"T={t}", functools.partial(layer_inputs, shape, t, dense)) for t in counts]
     if shape in (OLMOE, TINY) and not some:
         cases += edges(shape, dense)
 
     def case(name: str, make: Callable[[], Tensors]) -> bool:
-        return _case(c, rows, (shape, dtype, format), name, lambda: with_weights(make(), pair))["passed"]
+        return _case(c, result, (shape, dtype, format), name, lambda: with_weights(make(), pair))["passed"]
 
     return sum(not case(name, make) for name, make in cases)
 
@@ -134,11 +145,15 @@ def edges(shape: Shape, pair: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[s
 
 
 def _case(
-    c: Context, rows: list, layer: tuple[Shape, torch.dtype, str], name: str, make: Callable[[], Tensors]
+    c: Context, result: dict, layer: tuple[Shape, torch.dtype, str], name: str, make: Callable[[], Tensors]
 ) -> dict[str, Any]:
     shape, dtype, format = layer
     row = {"shape": shape.name, "dtype": short(dtype), "format": format, "case": name}
-    rows.append(row)
+    row |= {"rms": None, "max_relative": None, "nan": None, "passed": False}
+    result["cases"].append(row)
+    result["passed"] = False  # until this one has passed, or whoever ends the process would leave it so
+    c.keep(result)
+    tensors = None
     try:
         tensors = make()
         want = reference(tensors)
@@ -150,12 +165,77 @@ def _case(
         row["same_bits_with_poll"] = finished and torch.equal(got, polled.output)
         row["passed"] = row["passed"] and row["same_bits_with_poll"]
     except Exception as error:
-        row |= {"rms": None, "max_relative": None, "nan": None, "passed": False, "error": one_line(error)}
-        if c.device.type == "cuda":
-            torch.cuda.synchronize(c.device)  # a device that is broken for good ends the section here
+        row["error"] = one_line(error)
     if not row["passed"]:
+        row |= _found_out(c, tensors)
         c.say(f"FAILED: {row}")
+    synchronize(c.device)  # a device that is broken for good ends the section here
+    result["passed"] = all(row["passed"] for row in result["cases"])
+    c.keep(result)
     return row
+
+
+def _found_out(c: Context, tensors: Tensors | None) -> dict[str, Any]:
+    """Of a case that failed: its tiles, what was compiled for them, and which phase goes wrong where."""
+    if c.backend != "triton" or tensors is None:
+        return {}
+    found: dict[str, Any] = {}
+    try:
+        launches = Launches(tensors, None)
+        found["tiles"] = launches.tiles
+        found["compiled"] = launches.compiled()
+        found["where"] = wrong_phases(tensors)
+    except Exception as error:
+        found["where"] = one_line(error)
+    return found
+
+
+def wrong_phases(tensors: Tensors) -> dict[str, Any]:
+    """How far each phase is off what it should make of its own input, in float32, and where.
+
+    Rows are sorted ones of gate_up, (token, k) pairs of down, tokens of combine.
+    """
+    from qllm_ops.triton_moe import TritonMoe
+
+    hidden_states, gate_up_proj, down_proj, index, weight = tensors
+    run = TritonMoe(check_inputs(*tensors), None, 0, width=hidden_states.shape[1])
+    for buffer in (run._intermediate, run._partial, run._output):
+        buffer.fill_(float("nan"))
+    run.launch_all()
+    order = run._order
+    expert_of = index.flatten()[order]
+    here = (expert_of >= 0) & (expert_of < down_proj.shape[0])
+    intermediate, partial = run._intermediate.float(), run._partial.float().sum(0)
+    wanted, wanted_partial = torch.zeros_like(intermediate), torch.zeros_like(partial)
+    for expert in expert_of[here].unique().tolist():
+        rows = torch.where(expert_of == expert)[0]
+        tokens = hidden_states[order[rows] // index.shape[1]].float()
+        gate, up = F.linear(tokens, widened(gate_up_proj, expert)).chunk(2, -1)
+        wanted[rows] = F.silu(gate) * up
+        wanted_partial[order[rows]] = F.linear(intermediate[rows], widened(down_proj, expert))
+    pairs = torch.zeros_like(here)
+    pairs[order] = here
+    weighted = torch.where(pairs[:, None], partial, 0.0) * weight.flatten()[:, None].float()
+    output = weighted.unflatten(0, index.shape).sum(1)
+    everyone = torch.ones_like(index[:, 0], dtype=torch.bool)
+    return {
+        "order": "sorted" if bool((expert_of[here].diff() >= 0).all()) else "NOT SORTED",
+        "gate_up": _where(intermediate, wanted, here),
+        "down": _where(partial, wanted_partial, pairs),
+        "combine": _where(run._output.float(), output, everyone),
+    }
+
+
+def _where(got: torch.Tensor, want: torch.Tensor, rows: torch.Tensor) -> dict[str, Any]:
+    """Of some rows: relative RMS error, and the first rows and columns with a number that is far off."""
+    difference = (got - want)[rows]
+    far = ~(difference.abs() <= MAX_RELATIVE * want.abs().max())  # of NaN, too
+    lost = {"rms": (difference.square().mean() / want[rows].square().mean()).sqrt().item()}
+    off_rows = rows.nonzero().flatten()[far.any(1)]
+    off_columns = far.any(0).nonzero().flatten()
+    lost |= {"numbers": far.numel(), "far_off": int(far.sum()), "nan": int(difference.isnan().sum())}
+    lost |= {"rows": len(off_rows), "columns": len(off_columns)}
+    return lost | {"first_rows": off_rows[:24].tolist(), "first_columns": off_columns[:24].tolist()}
 
 
 def short(dtype: torch.dtype) -> str:
@@ -172,8 +252,8 @@ def bitwise(c: Context) -> dict[str, Any]:
     the end exactly as many are done as there are: a tile computed twice or never would show here or as a
     NaN in the output, which is poisoned.
     """
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"cases": rows, "left_early": 0, "passed": True}
+    result = c.so_far or {"cases": [], "left_early": 0, "passed": True}
+    rows = result["cases"]
     plan = that_fit(c, _bitwise_plan(c), layer_bytes)
     for (shape, num_tokens, format), seconds in c.in_time(plan, _bitwise_name):
         dense = weights(shape, torch.bfloat16, c.device)
@@ -181,11 +261,13 @@ def bitwise(c: Context) -> dict[str, Any]:
         tensors = with_weights(layer_inputs(shape, num_tokens, dense), pair)
         del dense
         row: dict[str, Any] = {"shape": shape.name, "format": format, "tokens": num_tokens}
+        row |= {"passed": False, "left_early": 0}
         rows.append(row)
+        c.keep(result)
         try:
             row |= Preempted(c, tensors).all_ways(time.monotonic() + seconds)
         except Exception as error:
-            row |= {"passed": False, "error": one_line(error), "left_early": 0}
+            row["error"] = one_line(error)
             if c.device.type == "cuda":
                 torch.cuda.synchronize(c.device)
         del pair, tensors

@@ -20,28 +20,44 @@ from layers import (
     MIXTRAL,
     OLMOE,
     QWEN3,
-    SHAPES,
     TINY,
     Launches,
     Pair,
     Shape,
     Tensors,
+    bytes_to_move,
     errors,
     floor_seconds,
     format_of,
     layer_bytes,
     layer_inputs,
     layer_name,
+    phase_floors,
+    phase_times,
     quantized,
     stored_bytes,
+    tokens,
     weights,
     with_weights,
 )
-from timing import Call, capture, copy_bandwidth, host_seconds, interleaved, matmul_rate, spread, synchronize
+from timing import (
+    Call,
+    Mark,
+    capture,
+    copy_bandwidth,
+    host_seconds,
+    interleaved,
+    matmul_rate,
+    spread,
+    synchronize,
+)
 
 from qllm_ops import PriorityFlag, moe
 
 TOKENS = (1, 8, 32, 256, 2048, 8192)
+
+QUANTIZED_TOKENS = (1, 8, 32)
+"""Decode, which is what quantising is for."""
 
 ROUNDED = "fp8_activations"
 INVARIANT = "batch_invariant"
@@ -67,22 +83,24 @@ def ceilings(c: Context) -> dict[str, Any]:
     c.say(f"copy {copy['p50'] / 1e12:.3f} TB/s, {size}^3 product {product['p50'] / 1e12:.0f} TFLOP/s")
     result = {"copy_bytes_per_s": copy, "product_flops_per_s": product, "product_size": size}
     if c.device.type == "cuda":
-        result["nvidia_smi_under_load"] = _smi_under_load(c, size, product["p50"])
+        result |= _under_load(c, size, product["p50"])
     return result
 
 
-def _smi_under_load(c: Context, size: int, rate: float, seconds: float = 1.5) -> dict[str, str] | None:
-    """Clocks and power while products run; idle, they say nothing."""
+def _under_load(c: Context, size: int, rate: float, seconds: float = 1.5) -> dict[str, Any]:
+    """Clocks and power while products run; idle, they say nothing. And the rate of so many in a row."""
     a = torch.empty(size, size, dtype=torch.bfloat16, device=c.device).normal_()
-    out = torch.empty_like(a)
-    for _ in range(int(seconds * rate / (2 * size**3))):
+    out, products = torch.empty_like(a), int(seconds * rate / (2 * size**3))
+    begin = Mark(c.device)
+    for _ in range(products):
         torch.mm(a, a, out=out)
+    end = Mark(c.device)
     found = nvidia_smi(c.device)
-    synchronize(c.device)
-    return found
+    sustained = products * 2 * size**3 / end.seconds_after(begin)
+    return {"nvidia_smi_under_load": found, "sustained_product_flops_per_s": sustained}
 
 
-def _ceilings(c: Context) -> tuple[float, float]:
+def known_ceilings(c: Context) -> tuple[float, float]:
     found = c.results.get("ceilings", {}).get("result") or ceilings(c)
     return found["copy_bytes_per_s"]["p50"], found["product_flops_per_s"]["p50"]
 
@@ -96,7 +114,7 @@ def polling(c: Context) -> dict[str, Any]:
     Without the poll twice: what the two differ by is noise. Overhead is the median over the rounds of
     (with / without) within a round, minus 1.
     """
-    result: dict[str, Any] = {"cases": []}
+    result: dict[str, Any] = c.so_far or {"cases": []}
     plan = that_fit(c, _polling_plan(c), layer_bytes)
     for (shape, num_tokens), seconds in c.in_time(plan, layer_name):
         pair = weights(shape, torch.float32 if c.rehearsal else torch.bfloat16, c.device)
@@ -191,15 +209,16 @@ def speed(c: Context) -> dict[str, Any]:
     """One layer, ours and transformers' experts on the same tensors, per layer in microseconds.
 
     `graph`: device time, several layers of different routing as one CUDA graph, implementations in turns.
+    `phases`: device time of each phase alone, beside its own floor, and what was compiled for it.
     `host`: the same calls one after another as Python makes them: where the device is faster than Python,
     this is Python. `with flag` is `moe` with a flag, which waits for every layer. `of_floor`: floor over
     our graph time, with this device's measured ceilings. Sorting by expert is part of every time, the
-    router of none. Quantised layers come last, and beside them the same layer with dense weights.
+    router of none. Beside quantised layers the same ones with dense weights.
     """
-    bandwidth, rate = _ceilings(c)
+    ceilings = known_ceilings(c)
     plan = that_fit(c, _speed_plan(c), lambda case: case[0].layer_bytes * (1 if case[1] == DENSE else 2))
-    result: dict[str, Any] = {"cases": []}
-    for (shape, format, counts), seconds in c.in_time(plan, lambda case: f"{case[0].name} {case[1]}"):
+    result: dict[str, Any] = c.so_far or {"cases": []}
+    for (shape, format, counts), seconds in c.in_time(plan, _speed_name, lambda case: len(case[2])):
         dense = weights(shape, torch.float32 if c.rehearsal else torch.bfloat16, c.device)
         pair = quantized(dense, format)
         bound, absent = peers.bind(peers.TRANSFORMERS, shape, pair)
@@ -207,39 +226,120 @@ def speed(c: Context) -> dict[str, Any]:
             row: dict[str, Any] = {"shape": shape.name, "format": format, "tokens": num_tokens}
             row["peers"] = dict(absent)
             result["cases"].append(row)
+            c.keep(result)
             try:
-                dense_inputs = rotated(shape, num_tokens, dense)
-                inputs = [with_weights(tensors, pair) for tensors in dense_inputs]
-                beside = dense_inputs if format != DENSE else None
-                calls = compare(c, row, inputs, bound, 0.5 * seconds / len(counts), beside)
-                row["host_us"] = _as_called(c, row, calls, inputs)
-                row |= floor(shape, inputs, bandwidth, rate)
-                row["of_floor"] = row["floor_us"] / row["graph_us"]["qllm"]["p50"]
+                one_layer(c, row, shape, (dense, pair), bound, ceilings, 0.4 * seconds / len(counts))
             except Exception as error:
                 row["error"] = one_line(error)
-                synchronize(c.device)
+                row |= tiles_of(c, shape, num_tokens, pair)
             c.say(speed_line(row))
             c.keep(result)
-        calls = inputs = dense_inputs = beside = bound = None
+            synchronize(c.device)  # a device that is broken for good ends the section here
+        bound = None
         del pair, dense
         free_memory(c.device)
     return result
 
 
+def one_layer(
+    c: Context, row: dict[str, Any], shape: Shape, pairs: tuple[Pair, Pair], bound: dict[str, peers.Prepare],
+    ceilings: tuple[float, float], seconds: float,
+) -> None:  # fmt: skip
+    """Times, phases, floors and memory of one number of tokens, into ``row``; ``pairs``: dense, timed."""
+    dense = rotated(shape, row["tokens"], pairs[0])
+    inputs = [with_weights(tensors, pairs[1]) for tensors in dense]
+    calls = compare(c, row, inputs, bound, seconds, dense if row["format"] != DENSE else None)
+    row |= against_device(shape, inputs, *ceilings, row["graph_us"]["qllm"]["p50"])
+    if c.backend == "triton":
+        row["phases"] = phases(shape, inputs, c.device, *ceilings)
+    row["host_us"] = _as_called(c, row, calls, inputs)
+    row["memory"] = extra_memory(c, shape, inputs[0])
+
+
+def phases(
+    shape: Shape, inputs: list[Tensors], device: torch.device, bandwidth: float, flops_per_s: float
+) -> dict[str, dict[str, Any]]:
+    """Of routing and of each phase: time, floor, tiles, registers, shared memory, number of programs."""
+    launches = Launches(inputs[0], None)
+    tiles, compiled = launches.tiles, launches.compiled()
+    floors = phase_floors(shape, inputs[0], tiles["down"]["split_k"], bandwidth, flops_per_s)
+    found = {}
+    for name, us in phase_times(inputs, device).items():
+        found[name] = {"us": us, **floors.get(name, {}), **compiled.get(name, {})}
+        if name in tiles:
+            found[name]["tiles"] = tiles[name]
+    return found
+
+
+def tiles_of(c: Context, shape: Shape, num_tokens: int, pair: Pair) -> dict[str, Any]:
+    """What a case that failed would have been computed with."""
+    if c.backend != "triton":
+        return {}
+    try:
+        hidden_states, *routing = tokens(shape, num_tokens, torch.bfloat16, c.device)
+        return {"tiles": Launches((hidden_states, *pair, *routing), None).tiles}
+    except Exception as error:
+        return {"tiles": one_line(error)}
+
+
+def _speed_name(case: tuple[Shape, str, tuple[int, ...]]) -> str:
+    return f"{case[0].name} {case[1]}"
+
+
 def _speed_plan(c: Context) -> list[tuple[Shape, str, tuple[int, ...]]]:
-    """Shapes, formats and numbers of tokens."""
+    """Shapes, formats and numbers of tokens; what most depends on comes first."""
     quantised = [format for format in FORMATS if format != DENSE]
     if c.rehearsal:
         return [(TINY, DENSE, _speed_tokens(c)), *((TINY, format, (4,)) for format in quantised)]
-    shapes = (QWEN3, MIXTRAL) if c.quick else SHAPES
-    plan = [(shape, DENSE, _speed_tokens(c)) for shape in shapes]
-    # A layer of few and large experts and one of many and small ones; decode is what quantising is for.
-    few = (QWEN3,) if c.quick else (QWEN3, MIXTRAL)
-    return plan + [(shape, format, (1, 32)) for shape in few for format in quantised]
+    first, last = ((QWEN3, MIXTRAL), ()) if c.quick else ((QWEN3, MIXTRAL, OLMOE), (DEEPSEEK, GPT_OSS))
+    # A layer of few and large experts and one of many and small ones.
+    few = (QWEN3,) if c.quick else (MIXTRAL, QWEN3)
+    return [
+        *((shape, DENSE, _speed_tokens(c)) for shape in first),
+        *((shape, format, QUANTIZED_TOKENS) for shape in few for format in quantised),
+        *((shape, DENSE, _speed_tokens(c)) for shape in last),
+    ]
 
 
 def _speed_tokens(c: Context) -> tuple[int, ...]:
     return (4, 64) if c.rehearsal else (1, 32, 2048) if c.quick else TOKENS
+
+
+def against_device(
+    shape: Shape, inputs: list[Tensors], bandwidth: float, rate: float, ours_us: float
+) -> dict[str, Any]:
+    """What must move and be computed, on average over the routings, and the rates at which ours does."""
+    expert_bytes = stored_bytes(inputs[0][1:3])
+    nbytes = statistics.mean(bytes_to_move(shape, x[3], x[0].element_size(), expert_bytes) for x in inputs)
+    flops = shape.flops(inputs[0][3].numel())
+    found = floor(shape, inputs, bandwidth, rate)
+    return {
+        "bytes": nbytes,
+        "flops": flops,
+        "memory_floor_us": nbytes / bandwidth * 1e6,
+        "arithmetic_floor_us": flops / rate * 1e6,
+        **found,
+        "of_floor": found["floor_us"] / ours_us,
+        "of_copy": nbytes / (ours_us * 1e-6) / bandwidth,
+        "of_matmul": flops / (ours_us * 1e-6) / rate,
+    }
+
+
+def extra_memory(c: Context, shape: Shape, tensors: Tensors) -> dict[str, int] | None:
+    """Peak of what one call takes beyond its arguments. Only CUDA's allocator tells."""
+    if c.device.type != "cuda":
+        return None
+    moe(*tensors, backend=c.backend)  # what is made once is not this call's
+    free_memory(c.device)
+    torch.cuda.reset_peak_memory_stats(c.device)
+    before = torch.cuda.memory_allocated(c.device)
+    output = moe(*tensors, backend=c.backend)
+    synchronize(c.device)
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(c.device) - before,
+        "output_bytes": output.numel() * output.element_size(),
+        "intermediate_bytes": tensors[3].numel() * shape.intermediate_size * output.element_size(),
+    }
 
 
 def compare(
@@ -258,7 +358,8 @@ def compare(
 
     Ours is timed with `batch_invariant` as well: "batch_invariant_times_as_long" of the row.
     With FP8 weights and hidden states of 16 bits ours is timed with `fp8_activations` as well, where the
-    device has them: how many times faster that is, is "fp8_activations_faster" of the row.
+    device has them: how many times faster that is, is "fp8_activations_faster" of the row, and what it
+    changes "fp8_activations_rms", some 0.04.
     """
     row |= {"layers": len(inputs), "graph_us": {}, "ratio": {}, "errors": {}, "not_captured": []}
     ours = [functools.partial(moe, *tensors, backend=c.backend) for tensors in inputs]
@@ -294,8 +395,11 @@ def compare(
     if format_of(inputs[0][1:3]) == "fp8" and inputs[0][0].itemsize == 2:
         rounded = [functools.partial(call, fp8_activations=True) for call in ours]
         try:
-            rounded[0]()
-            timed[ROUNDED] = functools.partial(_every, rounded)
+            off = row["fp8_activations_rms"] = errors(rounded[0](), want)["rms"]
+            if off is None or off > ROUNDED_ACTIVATIONS:
+                row["peers"][ROUNDED] = f"its output is not that of 16-bit activations: off by {off} RMS"
+            else:
+                timed[ROUNDED] = functools.partial(_every, rounded)
         except ValueError as refusal:  # a device without float8 products
             row["peers"][ROUNDED] = one_line(refusal)
     graphs = {name: _captured(c, row, name, call) for name, call in timed.items()}
@@ -334,11 +438,10 @@ def _as_called(
     """Microseconds per layer of calls as Python makes them, and of ours with a flag beside them."""
     flag = PriorityFlag(c.device)
     with_flag = [functools.partial(moe, *tensors, flag=flag, backend=c.backend) for tensors in inputs]
-    repeats = 1 if c.rehearsal else 20 if row["tokens"] <= 32 else 4
     found = {}
     for name, call in {**calls, "with flag": functools.partial(_every, with_flag)}.items():
         try:
-            found[name] = _per_layer(host_seconds(call, c.device, repeats), len(inputs))
+            found[name] = _per_layer(host_seconds(call, c.device, calls=2, repeats=5), len(inputs))
         except Exception as error:
             row["peers"][name] = one_line(error)
             synchronize(c.device)
@@ -370,5 +473,6 @@ def speed_line(row: dict[str, Any]) -> str:
     parts += [f"{peer} {ratio['p50']:.2f}x" for peer, ratio in row["ratio"].items()]
     if "times_faster_than_dense" in row:
         parts.append(f"{DENSE} {row['times_faster_than_dense']['p50']:.2f}x")
-    parts += [f"as called {host['p50']:.0f} us" for key, host in row["host_us"].items() if key == "qllm"]
+    called = row.get("host_us", {}).get("qllm")
+    parts += [f"as called {called['p50']:.0f} us"] if called else []
     return ", ".join(parts) + (" THE OUTPUTS DIFFER" if row.get("differ") else "")

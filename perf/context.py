@@ -30,6 +30,10 @@ class Context:
         deadline: by time.monotonic(), when the section should have ended.
         results: what the sections before it found, by name.
         keep: called with the section's result so far, so that a killed run leaves it behind.
+        begin: called with the name of a case that begins and the seconds that it may take, so that one that
+            hangs or takes the process down is known, and ended soon.
+        so_far: what an earlier process had kept of this section when it came to grief, or nothing.
+        done_before: how many cases it had begun: they are not tried again.
         left_out: what there was no time for.
     """
 
@@ -40,6 +44,9 @@ class Context:
     deadline: float
     results: dict[str, Any]
     keep: Callable[[dict[str, Any]], None] = lambda result: None
+    begin: Callable[[str, float], None] = lambda name, seconds: None
+    so_far: dict[str, Any] = field(default_factory=dict)
+    done_before: int = 0
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -49,15 +56,23 @@ class Context:
     def say(self, text: str) -> None:
         print(f"  {text}", flush=True)
 
-    def in_time(self, cases: Iterable[T], name: Callable[[T], str] = str) -> Iterator[tuple[T, float]]:
-        """Each case and the seconds it may take: an equal share of what is left. At least one is run."""
+    def in_time(
+        self, cases: Iterable[T], name: Callable[[T], str] = str, parts: Callable[[T], float] = lambda case: 1
+    ) -> Iterator[tuple[T, float]]:
+        """Each case and the seconds it may take: its part of what is left. At least one is run.
+
+        Args:
+            parts: how many parts of the time a case has; one of each by default.
+        """
         cases = list(cases)
-        for n, case in enumerate(cases):
+        for n, case in enumerate(cases[self.done_before :], self.done_before):
             if n and self.left_s <= 0:
                 self.left_out += [name(c) for c in cases[n:]]
                 self.say(f"no time for {len(cases) - n} of {len(cases)}")
                 return
-            yield case, self.left_s / (len(cases) - n)
+            seconds = self.left_s * parts(case) / sum(map(parts, cases[n:]))
+            self.begin(name(case), seconds)
+            yield case, seconds
 
 
 def free_memory(device: torch.device) -> None:
@@ -106,4 +121,4 @@ def nvidia_smi(device: torch.device) -> dict[str, str] | None:
 def one_line(error: BaseException) -> str:
     """Kind and message of an error, short enough for a table."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text[:600]}"

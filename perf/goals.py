@@ -1,4 +1,4 @@
-"""What the operator's speed is held against, out of a result of `bench_moe.py` alone."""
+"""What the operator's speed is held against, out of a result of `bench_moe.py` or `gpu_check.py` alone."""
 
 from __future__ import annotations
 
@@ -65,6 +65,23 @@ def goals(document: Document | None) -> list[Goal]:
         memory(cases),
         *(faster_than_dense(document["cases"] if on_gpu else [], format) for format in QUANTIZED),
     ]
+
+
+def of_gpu_check(document: Document) -> Document:
+    """What its sections measured, as `bench_moe.py` would have written it."""
+
+    def cases(section: str) -> list[Case]:
+        return (document["sections"].get(section, {}).get("result") or {}).get("cases", [])
+
+    exits = [
+        {"shape": case["shape"], "tokens": case["tokens"], **case["writers"][way]}
+        for case in cases("latency")
+        for way in [next((way for way in ("stream", "copy") if way in case["writers"]), None)]
+        if way is not None
+    ]
+    polled = [{"shape": row["shape"], "tokens": row["tokens"], "polling": row} for row in cases("polling")]
+    kind = "cpu" if document["rehearsal"] else "cuda"
+    return {"device_type": kind, "cases": [*cases("speed"), *polled], "exits": exits}
 
 
 # -- the rows --------------------------------------------------------------------------------------------

@@ -14,17 +14,19 @@ is printed at the end. The device's settings are left as they are.
     correctness   five models' layers, 1 to 8192 tokens, against float32; NaN in every output beforehand;
                   routings at the edge; quantised layers against what their weights stand for. RMS
                   error <= 4e-3 (fp32: 1e-5), largest <= 2e-2 of the peak
-    bitwise       runs that are stepped, shared and paused at random: same bits, every tile once
+    speed         time per layer against transformers' grouped_mm and batched_mm and against the floor; of
+                  each phase against its own floor; of quantised layers against dense ones; memory
     latency       from the host's write of the flag until the launch is over: p50 to p99, for each way of
                   writing it, with what an idle device takes beside it
+    bitwise       runs that are stepped, shared and paused at random: same bits, every tile once
     polling       what the poll costs a kernel that nobody pauses
     lanes         what a gate costs that nobody closes, both gates under random pauses, and a share of the
                   programs beside urgent work against taking turns
-    speed         time per layer against transformers' grouped_mm and batched_mm, and against the floor
     replay        LS and BE requests on one model under the four policies, and LS alone
 
 Each section has a share of the time and says what it left out. Sections run in a process of their own
-that is watched: one that raises, hangs or takes the process down is noted, and the others still run.
+that is watched: a case that raises, hangs or takes the process down is noted, and a new process goes on with
+the next one.
 
 Exit code: 0; 1 if correctness, bitwise or lanes failed or did not come to an end; 2 without a CUDA device.
 """
@@ -54,15 +56,15 @@ from gpu_table import print_summary  # noqa: E402  (needs nothing that may be mi
 
 SHARES = {
     "environment": 5,
-    "compile": 85,
+    "compile": 75,
     "ceilings": 8,
-    "correctness": 88,
-    "bitwise": 78,
-    "latency": 75,
-    "polling": 40,
-    "lanes": 45,
-    "speed": 110,
-    "replay": 65,
+    "correctness": 60,
+    "speed": 150,
+    "latency": 40,
+    "bitwise": 55,
+    "polling": 35,
+    "lanes": 35,
+    "replay": 50,
 }
 """The sections in order, and how they share the time. What one leaves goes to those behind it."""
 
@@ -70,12 +72,19 @@ DECISIVE = ("correctness", "bitwise", "lanes")
 
 BUDGET_S, QUICK_BUDGET_S = 520.0, 200.0
 GRACE_S = 25.0
-"""How long a section may go on after its time, before its process is killed."""
+"""How long a section, or one case of it, may go on after its time before its process is killed."""
+
+RESTART_S = 15.0
+"""What a section is given for the process that goes on with it."""
 
 START_S = 180.0
 """How long a process may take until its first section begins: importing torch from a cold disk."""
 
-NO_DEVICE, BROKEN_DEVICE = 2, 75
+FRESH = ("lanes",)
+"""Sections that begin in a process of their own: streams that stand still hold up those that share a hardware
+queue with them, and earlier sections leave dozens of streams behind."""
+
+NO_DEVICE, ANOTHER_PROCESS = 2, 75
 
 
 def main() -> int:
@@ -118,6 +127,7 @@ def parse() -> argparse.Namespace:
 
 def supervise(command: list[str], options: dict[str, Any]) -> int:
     """Run the sections in a process, and in another one those that are left when it comes to grief."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `watch` then ends the worker
     remaining = list(options["sections"])
     out = Path(options["out"]) if options["out"] else None
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
@@ -133,14 +143,18 @@ def supervise(command: list[str], options: dict[str, Any]) -> int:
             remaining = [name for name in remaining if name not in progress.get("begun", ())]
             running = progress.get("running")
             if running:
-                how = f"hung, killed after {hung:.0f} s" if hung else f"its process ended with code {code}"
-                print(f"  {running}: {how}", flush=True)
                 document = json.loads(out.read_text())
-                document["sections"][running] |= {"status": "hung" if hung else "crashed", "error": how}
+                entry = document["sections"][running]
+                how = f"hung, killed after {hung:.0f} s" if hung else f"its process ended with code {code}"
+                if code == ANOTHER_PROCESS:
+                    how = entry.get("error") or "the device does not answer any more"
+                if lose_case(entry, "hung" if hung else "crashed", how):
+                    remaining.insert(0, running)
+                print(f"  {running}: {entry['error']}", flush=True)
                 write(document, out)
             elif code == 0:
                 break
-            elif code != BROKEN_DEVICE:
+            elif code != ANOTHER_PROCESS:
                 print(f"the sections could not be started (exit code {code})", flush=True)
                 break
             resume = True
@@ -155,6 +169,16 @@ def supervise(command: list[str], options: dict[str, Any]) -> int:
     print_summary(document)
     print(f"written to {out}", flush=True)
     return 0 if document["passed"] else 1
+
+
+def lose_case(entry: dict[str, Any], status: str, how: str) -> bool:
+    """Note what a section came to grief in. Whether its other cases can be tried, in a new process."""
+    case, lost = entry.get("case"), entry.setdefault("lost", [])
+    new = case not in (None, *(each["case"] for each in lost))
+    lost.append({"case": case, "how": how})
+    entry["until"] = entry.get("until", 0.0) + RESTART_S
+    entry |= {"status": status, "error": how if case is None else f"{case}: {how}"}
+    return new and time.time() < entry["until"]
 
 
 def watch(command: list[str], progress_file: Path) -> tuple[int, dict[str, Any], float | None]:
@@ -174,8 +198,10 @@ def watch(command: list[str], progress_file: Path) -> tuple[int, dict[str, Any],
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
-            process.wait()
-    return process.returncode, read_progress(progress_file), hung
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
+                process.wait(20)
+    code = -signal.SIGKILL if process.returncode is None else process.returncode
+    return code, read_progress(progress_file), hung
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -194,6 +220,8 @@ def work(options: dict[str, Any]) -> int:
     """Run the sections of ``options`` one after another."""
     if options["device"] == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)  # it is read when triton is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded, and nobody waits for a network
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # for the stream gate; read when CUDA starts
     import torch
 
     if options["device"] == "cuda" and not torch.cuda.is_available():
@@ -212,21 +240,33 @@ def work(options: dict[str, Any]) -> int:
     out = Path(options["out"]) if options["out"] else default_out(torch.cuda.get_device_name(device))
     out.parent.mkdir(parents=True, exist_ok=True)
     document = json.loads(out.read_text()) if options["resume"] else new_document(options, device)
-    progress = {"out": str(out), "begun": [], "running": None}
-    for n, name in enumerate(options["sections"]):
-        left = max(0.0, options["deadline"] - time.time())
-        share = SHARES[name] / sum(SHARES[other] for other in options["sections"][n:])
-        allowed = left * share
-        entry = document["sections"][name] = {"status": "running"}
-        progress["begun"].append(name)
-        progress |= {"running": name, "since": time.time(), "limit": time.time() + allowed + GRACE_S}
+    progress: dict[str, Any] = {"out": str(out), "begun": [], "running": None}
+
+    def note(**changes: Any) -> None:
+        progress.update(changes)
         write(document, out)
         write(progress, Path(options["progress"]))
+
+    for n, name in enumerate(options["sections"]):
+        if name in FRESH and n:
+            return ANOTHER_PROCESS
+        left = max(0.0, options["deadline"] - time.time())
+        share = SHARES[name] / sum(SHARES[other] for other in options["sections"][n:])
+        # What another process has begun goes on from its next case, within the time that it had.
+        before = document["sections"].get(name, {"until": time.time() + left * share})
+        entry = document["sections"][name] = {**before, "status": "running"}
+        allowed = max(0.0, entry["until"] - time.time())
+        progress["begun"].append(name)
+        note(running=name, since=time.time(), limit=time.time() + allowed + GRACE_S)
         print(f"{name} ({allowed:.0f} s)", flush=True)
 
         def keep(result: dict[str, Any], entry: dict[str, Any] = entry) -> None:
             entry["result"] = result
             write(document, out)
+
+        def begin(case: str, seconds: float, entry: dict[str, Any] = entry) -> None:
+            entry |= {"case": case, "cases_begun": entry.get("cases_begun", 0) + 1}
+            note(since=time.time(), limit=time.time() + seconds + GRACE_S)
 
         context = Context(
             device=device,
@@ -236,15 +276,17 @@ def work(options: dict[str, Any]) -> int:
             deadline=time.monotonic() + allowed,
             results=document["sections"],
             keep=keep,
+            begin=begin,
+            so_far=before.get("result", {}),
+            done_before=before.get("cases_begun", 0),
+            left_out=before.get("left_out", []),
         )
         run_section(name, context, entry)
         write(document, out)
-        progress["running"] = None
-        progress["limit"] = time.time() + START_S
-        write(progress, Path(options["progress"]))
         if broken(device):
-            print("  the device does not answer any more: the next section gets a new process", flush=True)
-            return BROKEN_DEVICE
+            print("  the device does not answer any more: what is left gets a new process", flush=True)
+            return ANOTHER_PROCESS
+        note(running=None, limit=time.time() + START_S)
     return 0
 
 
@@ -264,8 +306,10 @@ def run_section(name: str, context: Any, entry: dict[str, Any]) -> None:
     except Exception as error:
         entry |= {"status": "error", "error": one_line(error), "traceback": traceback.format_exc()}
         traceback.print_exc()
+    if entry.get("lost"):
+        entry["status"] = "crashed"
     if context.left_out:
-        entry["left_out"] = context.left_out
+        entry["left_out"] = list(dict.fromkeys(context.left_out))
     entry["seconds"] = time.monotonic() - start
     gc.collect()
     print(f"  {name}: {entry['status']} in {entry['seconds']:.1f} s", flush=True)

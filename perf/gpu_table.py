@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from goals import name_of
+from goals import goals, name_of, of_gpu_check
 
 Row = list[str]
 
@@ -31,12 +31,19 @@ def summary(document: dict[str, Any]) -> Iterable[str]:
         ("polling: overhead of the flag (noise), us without", _polling),
         ("lanes: us per layer as called, by gate; decode beside a share of prefill, against turns", _lanes),
         ("speed: us per layer as a graph, part of the floor, times faster than, us as called", _speed),
+        ("phases: us of each, and part of its own floor", _phases),
         ("replay", _replay),
     ):
         rows = list(make(sections))
         if rows:
             yield f"-- {title}" if title else ""
             yield from _aligned(rows)
+    if not document["rehearsal"]:
+        yield "-- goals"
+        rows = [
+            (goal.name, goal.asked, goal.measured, goal.verdict) for goal in goals(of_gpu_check(document))
+        ]
+        yield from _aligned([("goal", "asked", "measured", "met"), *rows])
     if "passed" in document:
         left_out = sum(len(sections.get(name, {}).get("left_out", ())) for name in ("correctness", "bitwise"))
         but = f", with {left_out} cases left out for lack of time or memory" if left_out else ""
@@ -63,6 +70,8 @@ def _sections(sections: dict[str, Any]) -> Iterable[Row]:
             about = f"{len(cases) - len(failed)} of {len(cases)} cases passed {about}"
             worst = [case["rms"] for case in cases if case.get("rms") and case.get("dtype") == "bfloat16"]
             about += f"; worst bf16 RMS error {max(worst):.2e}" if worst else ""
+        if name == "compile" and result.get("failed"):
+            about = f"{len(result['failed'])} failed: {result['failed'][0][:200]}"
         if name == "ceilings" and result:
             about = (
                 f"{result['copy_bytes_per_s']['p50'] / 1e12:.2f} TB/s, "
@@ -81,6 +90,8 @@ def _latency(sections: dict[str, Any]) -> Iterable[Row]:
                 yield [*cells, row["error"]]
                 continue
             counts = f"{row['left_early']} of {row['samples']} left"
+            if "expected_us" in case:
+                counts += f", at most {max(case['expected_us'].values()):.0f} expected of a tile"
             yield [*cells, _three(row["host_us"]), _three(row.get("device_us")), counts]
     bare = _result(sections, "latency").get("bare", {})
     for writer, row in bare.items():
@@ -113,7 +124,8 @@ def _lanes(sections: dict[str, Any]) -> Iterable[Row]:
         if "error" in case:
             yield [name, case["error"]]
             continue
-        yield [name, *(f"{way} {us['p50']:.0f}" for way, us in case["called_us"].items()), case["graph"]]
+        ways = case.get("called_us", {}).items()
+        yield [name, *(f"{way} {us['p50']:.0f}" for way, us in ways), case.get("graph", "")]
     for case in found.get("shares", []):
         name = f"{case['shape']} T={case['tokens']}"
         if "error" in case:
@@ -138,7 +150,7 @@ def _speed(sections: dict[str, Any]) -> Iterable[Row]:
         ratios = ", ".join(f"{peer} {ratio['p50']:.2f}x" for peer, ratio in case["ratio"].items())
         if "times_faster_than_dense" in case:
             ratios += f"{', ' if ratios else ''}bf16 {case['times_faster_than_dense']['p50']:.2f}x"
-        called = case["host_us"].get("qllm")
+        called = case.get("host_us", {}).get("qllm")
         called = f"as called {called['p50']:.0f}" if called else "-"
         yield [
             name,
@@ -148,6 +160,20 @@ def _speed(sections: dict[str, Any]) -> Iterable[Row]:
             called,
             "DIFFERS" if case.get("differ") else "",
         ]
+
+
+def _phases(sections: dict[str, Any]) -> Iterable[Row]:
+    for case in _result(sections, "speed").get("cases", []):
+        cells = [name_of(case)]
+        for name, phase in case.get("phases", {}).items():
+            cell = f"{name} {phase['us']['p50']:.1f}"
+            if "floor_us" in phase:
+                cell += f" {phase['floor_us'] / phase['us']['p50'] * 100:.0f} % of {phase['bound_by']}"
+            if phase.get("spills"):
+                cell += f", {phase['spills']} SPILLS"
+            cells.append(cell)
+        if cells[1:]:
+            yield cells
 
 
 def _replay(sections: dict[str, Any]) -> Iterable[Row]:

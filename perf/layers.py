@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import checkout  # noqa: F401  (makes qllm_ops importable)
 import torch
 import torch.nn.functional as F
+from timing import Mark, spread, synchronize
 from torch import Tensor
 
 from qllm_ops import PriorityFlag
@@ -229,6 +231,22 @@ class Launches:
         self._layer._rewind()
 
     @property
+    def tiles(self) -> dict[str, dict[str, int]]:
+        """What each phase is compiled with."""
+        return {phase: asdict(config) for phase, config in self._layer.tiles.items()}
+
+    def compiled(self) -> dict[str, dict[str, Any]]:
+        """Launch every phase, and tell of each what the compiler made of it and how many programs it has."""
+        found = {}
+        for phase in self._layer._phases:
+            kernel = self._layer._launch(phase, poll=False)
+            row = found[phase.kernel] = {"programs": self._layer._grid(phase)[0]}
+            if kernel is not None:  # in the interpreter it is
+                row |= {"registers": kernel.n_regs, "spills": kernel.n_spills}
+                row["shared_bytes"] = kernel.metadata.shared
+        return found
+
+    @property
     def programs(self) -> int:
         """Programs of the largest launch."""
         return max(self._layer._grid(phase)[0] for phase in self._layer._phases)
@@ -242,3 +260,69 @@ class Launches:
     @property
     def output(self) -> Tensor:
         return self._layer.output
+
+
+PHASES = ("route", "gate_up", "down", "combine")
+
+HEAD_START_CYCLES = 10_000_000
+"""So many cycles of the device, some 6 ms, the host may enqueue launches before the first one runs: else the
+gaps between them would be in the times."""
+
+
+def phase_times(inputs: Sequence[Tensors], device: torch.device, rounds: int = 10) -> dict[str, Any]:
+    """Microseconds of each phase of a layer, all its launches together; the sort is part of "route".
+
+    Each launch is between two events, which take about a microsecond themselves.
+    """
+    times: dict[str, list[float]] = {name: [] for name in PHASES}
+    for number in range(rounds + 1):
+        if device.type == "cuda":
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        layers = [list(_marked(tensors, device)) for tensors in inputs]
+        for marks in layers if number else ():  # the first round is a warm-up
+            took = dict.fromkeys(PHASES, 0.0)
+            for (_, begin), (name, end) in itertools.pairwise(marks):
+                took[name] += end.seconds_after(begin) * 1e6
+            for name, us in took.items():
+                times[name].append(us)
+    synchronize(device)
+    return {name: spread(us) for name, us in times.items()}
+
+
+def _marked(tensors: Tensors, device: torch.device) -> Iterator[tuple[str, Mark]]:
+    """The name of every launch and a mark behind it; the first mark is where the layer begins."""
+    yield "", Mark(device)
+    layer = Launches(tensors, None)._layer
+    yield "route", Mark(device)
+    for phase in layer._phases:
+        layer._launch(phase, poll=False)
+        yield phase.kernel, Mark(device)
+
+
+def phase_floors(
+    shape: Shape, tensors: Tensors, split_k: int, bandwidth: float, flops_per_s: float
+) -> dict[str, dict[str, Any]]:
+    """Bytes, operations and the least microseconds of each phase, and what bounds it.
+
+    Other than in `floor_seconds`, what one phase leaves for the next is counted. The parts that down leaves
+    are float32 where weights are quantised and activations bfloat16.
+    """
+    hidden_states, gate_up_proj, down_proj, index, _ = tensors
+    itemsize, experts, pairs = hidden_states.element_size(), shape.num_experts, index.numel()
+    hit = int(index[(index >= 0) & (index < experts)].unique().numel())
+    tokens = index.shape[0] * shape.hidden_size * itemsize
+    between = pairs * shape.intermediate_size * itemsize
+    wide = format_of((gate_up_proj, down_proj)) != DENSE and hidden_states.dtype == torch.bfloat16
+    parts = split_k * pairs * shape.hidden_size * (4 if wide else itemsize)
+    gate_up, down = (hit * weight.nbytes // experts for weight in (gate_up_proj, down_proj))
+    work = {
+        "gate_up": (gate_up + tokens + between, shape.flops(pairs) * 2 // 3),
+        "down": (down + between + parts, shape.flops(pairs) // 3),
+        "combine": (parts + tokens, 0),
+    }
+    found = {}
+    for name, (nbytes, flops) in work.items():
+        memory, arithmetic = nbytes / bandwidth * 1e6, flops / flops_per_s * 1e6
+        found[name] = {"bytes": nbytes, "flops": flops, "floor_us": max(memory, arithmetic)}
+        found[name]["bound_by"] = "memory" if memory > arithmetic else "arithmetic"
+    return found

@@ -304,8 +304,9 @@ each) or be computed, at the copy bandwidth and the matmul rate measured in the 
     "gpu_check": (
         "Correctness, preemption and a replay on a GPU",
         """\
-`python perf/gpu_check.py`: errors against float32, bits under preemption, from the order to pause until the
-launch is over, polling, speed, and requests of both classes under every policy.""",
+`python perf/gpu_check.py`: errors against float32, the speed of a layer and of each of its phases, from the
+order to pause until the launch is over, bits under preemption, polling, and requests of both classes under
+every policy; at its end, what it has measured of the goals above.""",
         gpu_check,
     ),
     "bench_torch_moe": (

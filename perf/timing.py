@@ -72,23 +72,30 @@ def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
     graph.replay()
 
 
+class Mark:
+    """A moment in the current stream of a GPU, or on the clock of the host."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is None:
+            self.time = time.perf_counter()
+        else:
+            self.event.record()
+
+    def seconds_after(self, begin: Mark) -> float:
+        """Waits for it."""
+        if self.event is None:
+            return self.time - begin.time
+        self.event.synchronize()
+        return begin.event.elapsed_time(self.event) * 1e-3
+
+
 def timed(call: Call, device: torch.device) -> Callable[[], float]:
     """Run ``call`` once; what is returned waits for it and gives the seconds that it took."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        return lambda: seconds
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    begin = Mark(device)
     call()
-    end.record()
-
-    def wait() -> float:
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
-    return wait
+    end = Mark(device)
+    return functools.partial(end.seconds_after, begin)
 
 
 def interleaved(
@@ -125,7 +132,7 @@ def host_seconds(call: Call, device: torch.device, calls: int, repeats: int = 5)
     return times
 
 
-def copy_bandwidth(device: torch.device, nbytes: int, repeats: int = 20) -> dict[str, float | int]:
+def copy_bandwidth(device: torch.device, nbytes: int, repeats: int = 50) -> dict[str, float | int]:
     """Bytes read plus bytes written per second by a copy inside the device's memory."""
     source = torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
@@ -133,7 +140,7 @@ def copy_bandwidth(device: torch.device, nbytes: int, repeats: int = 20) -> dict
 
 
 def matmul_rate(
-    device: torch.device, size: int, dtype: torch.dtype, repeats: int = 20
+    device: torch.device, size: int, dtype: torch.dtype, repeats: int = 50
 ) -> dict[str, float | int]:
     """Operations per second of a square matrix product of random numbers, by torch's library."""
     a, b = (torch.empty(size, size, dtype=dtype, device=device).normal_() for _ in range(2))
@@ -142,7 +149,12 @@ def matmul_rate(
 
 
 def _repeat(call: Call, device: torch.device, repeats: int) -> list[float]:
-    for _ in range(3):
-        call()
+    """After a warm-up that lets an idle device's clocks rise."""
+    until = time.perf_counter() + (0.3 if device.type == "cuda" else 0.0)
+    call()
+    while time.perf_counter() < until:
+        for _ in range(5):
+            call()
+        synchronize(device)
     waits = [timed(call, device) for _ in range(repeats)]
     return [wait() for wait in waits]

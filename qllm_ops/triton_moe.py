@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -329,8 +330,8 @@ class TritonMoe:
 
     # -- launching -------------------------------------------------------------------------------
 
-    def _launch(self, phase: Phase, *, quantum: bool = False, poll: bool = True, share: int = FULL) -> None:
-        """Enqueue the phase.
+    def _launch(self, phase: Phase, *, quantum: bool = False, poll: bool = True, share: int = FULL) -> Any:
+        """Enqueue the phase. Returns what was launched, as Triton compiled it; None in the interpreter.
 
         Args:
             quantum: it takes no more tiles than the state's budget has.
@@ -359,7 +360,7 @@ class TritonMoe:
             "SPLIT_K": self.tiles["down"].split_k,
         }
         if phase.kernel == "gate_up":
-            kernels.gate_up[self._grid(phase)](
+            return kernels.gate_up[self._grid(phase)](
                 x.hidden_states,
                 scale_ptr=x.top_k_weights,
                 SCALED=x.weights_on_input,
@@ -371,8 +372,8 @@ class TritonMoe:
                 **products,
                 **self._weights("gate_up", x.gate_up_proj, x.gate_up_bias),
             )
-        elif phase.kernel == "down":
-            kernels.down[self._grid(phase)](
+        if phase.kernel == "down":
+            return kernels.down[self._grid(phase)](
                 self._intermediate,
                 partial_ptr=self._partial,
                 num_pairs=self._pairs,
@@ -382,17 +383,16 @@ class TritonMoe:
                 **products,
                 **self._weights("down", x.down_proj, x.down_bias),
             )
-        else:
-            kernels.combine[self._grid(phase)](
-                self._partial,
-                x.top_k_index,
-                self._weights_of_sum,
-                self._output,
-                num_tokens=x.num_tokens,
-                TOP_K=x.top_k,
-                **chunk,
-                **run,
-            )
+        return kernels.combine[self._grid(phase)](
+            self._partial,
+            x.top_k_index,
+            self._weights_of_sum,
+            self._output,
+            num_tokens=x.num_tokens,
+            TOP_K=x.top_k,
+            **chunk,
+            **run,
+        )
 
     def _share(self, phase: Phase) -> int:
         """How many programs a launch begins with, if the flag could let it have more later; else FULL."""

@@ -4,6 +4,8 @@ import os
 
 # Two lanes and other processes share the cores: an OpenMP thread that spins holds up everyone.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# On a GPU a stream that stands still holds up those that share a hardware queue with it; 8 are the default.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 import torch
 

@@ -86,8 +86,7 @@ def test_floor_is_the_mean_over_the_routings():
 
 def test_rates_are_of_what_must_be_done_over_our_time():
     inputs = [layers.layer_inputs(TINY, 16, layers.weights(TINY, torch.bfloat16, CPU))]
-    ceilings = {"copy_bytes_per_s": {"p50": 1e9}, "product_flops_per_s": {"p50": 1e12}}
-    row = bench_moe.against_device(TINY, inputs, ceilings, ours_us=500.0)
+    row = check_speed.against_device(TINY, inputs, 1e9, 1e12, ours_us=500.0)
     assert row["flops"] == 6 * 16 * 2 * 64 * 96
     assert row["bytes"] == layers.bytes_to_move(TINY, inputs[0][3])
     assert row["memory_floor_us"] == pytest.approx(row["bytes"] / 1e3)
@@ -481,6 +480,20 @@ def test_float8_activations_are_timed_where_they_can_be(format, dtype):
     check_speed.compare(context(), row, inputs, {}, 0.0)
     assert ("fp8_activations_faster" in row) == ((format, dtype) == ("fp8", torch.bfloat16))
     assert row["ratio"] == {}
+    if "fp8_activations_faster" in row:
+        assert 0.01 < row["fp8_activations_rms"] < 0.1
+
+
+def test_float8_activations_that_come_out_otherwise_are_not_timed(monkeypatch):
+    dense = layers.weights(TINY, torch.bfloat16, CPU)
+    inputs = [layers.with_weights(layers.layer_inputs(TINY, 9, dense), layers.quantized(dense, "fp8"))]
+    moe = check_speed.moe
+    doubled = lambda *x, **options: moe(*x, **options) * (1 + options.get("fp8_activations", False))  # noqa: E731
+    monkeypatch.setattr(check_speed, "moe", doubled)
+    row = {"shape": "tiny", "tokens": 9, "peers": {}}
+    check_speed.compare(context(), row, inputs, {}, 0.0)
+    assert "off by" in row["peers"]["fp8_activations"]
+    assert "fp8_activations_faster" not in row
 
 
 def test_what_widening_costs_is_measured_against_dense_weights(monkeypatch, capsys):
@@ -573,10 +586,11 @@ def test_without_the_device_it_says_so(tmp_path):
 
 
 def test_a_case_that_fails_is_a_row(capsys, monkeypatch):
-    monkeypatch.setattr(bench_moe, "compare", lambda *rest: 1 / 0)
+    monkeypatch.setattr(check_speed, "compare", lambda *rest: 1 / 0)
     monkeypatch.setattr(bench_moe, "one_exit", lambda *rest: {"shape": "tiny", "tokens": 4})
     args = SimpleNamespace(peers=["grouped_mm"], tokens=[4], seconds=0.0)
-    found = {"dtype": "float32", "absent": {}, "cases": [], "exits": [], "ceilings": {}, "left_out": []}
+    found = {"dtype": "float32", "absent": {}, "cases": [], "exits": [], "left_out": []}
+    found["ceilings"] = {"copy_bytes_per_s": {"p50": 1e9}, "product_flops_per_s": {"p50": 1e12}}
     bench_moe.one_model(args, context(), found, TINY, layers.weights(TINY, torch.float32, CPU), "bf16")
     assert found["cases"][0]["error"].startswith("ZeroDivisionError")
     found |= {"device": "cpu", "device_type": "cpu", "date": "2026-11-23"}

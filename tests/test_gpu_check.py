@@ -17,8 +17,11 @@ PERF = Path(__file__).resolve().parent.parent / "perf"
 sys.path.insert(0, str(PERF))
 
 import check_correct  # noqa: E402
+import check_lanes  # noqa: E402
 import check_latency  # noqa: E402
+import check_speed  # noqa: E402
 import compile_ahead  # noqa: E402
+import goals  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_table  # noqa: E402
 import layers  # noqa: E402
@@ -163,11 +166,11 @@ for name in o["sections"]:
 """
 
 
-def supervised(tmp_path, sections, script=FAKE):
+def supervised(tmp_path, sections, script=FAKE, **more):
     fake = tmp_path / "fake.py"
     fake.write_text(script)
     out = tmp_path / "out.json"
-    options = {"sections": sections, "out": str(out), "deadline": time.time() + 60}
+    options = {"sections": sections, "out": str(out), "deadline": time.time() + 60, **more}
     code = gpu_check.supervise([sys.executable, str(fake)], options)
     return code, json.loads(out.read_text()) if out.exists() else None
 
@@ -190,6 +193,62 @@ def test_a_crash_a_hang_and_a_broken_device_cost_one_section_each(tmp_path, capf
     assert "-6" in document["sections"]["latency"]["error"]
     assert code == 0
     assert "PASSED" in capfd.readouterr().out
+
+
+CASES = """
+import os, sys
+sys.path.insert(0, {perf!r})
+import json, time
+import check_correct, check_latency, check_speed, gpu_check
+
+def section(c):
+    result = c.so_far or {{"cases": []}}
+    parts = lambda case: 0.05 if case == "hangs" else 1
+    for case, seconds in c.in_time(["fine", "dies", "next", "hangs", "last"], str, parts):
+        result["cases"].append({{"case": case, "passed": True}})
+        c.keep(result)
+        if case == "dies":
+            os.abort()
+        if case == "hangs":
+            time.sleep(60)
+    return result
+
+def broken_once(c):
+    result = c.so_far or {{"cases": []}}
+    for case, seconds in c.in_time(["breaks", "other"]):
+        if case == "breaks":
+            gpu_check.broken = lambda device: True
+            raise RuntimeError("illegal address")
+        result["cases"].append({{"shape": case, "tokens": 1}})
+    return result
+
+gpu_check.GRACE_S = 1.0
+names = {{"correctness": section, "speed": broken_once}}
+gpu_check.section = lambda name: names.get(name, lambda c: {{"process": os.getpid()}})
+sys.exit(gpu_check.work(json.loads(sys.argv[2])))
+"""
+
+
+def test_a_case_that_dies_hangs_or_breaks_the_device_costs_the_others_nothing(tmp_path):
+    sections = ["environment", "correctness", "speed", "lanes", "replay"]
+    script = CASES.format(perf=str(PERF))
+    options = {"device": "cpu", "quick": True, "command": "", "budget_s": 60.0, "deadline": time.time() + 60}
+    code, document = supervised(tmp_path, sections, script, **options)
+    found = document["sections"]
+    assert found["correctness"]["status"] == "crashed"
+    cases = [case["case"] for case in found["correctness"]["result"]["cases"]]
+    assert cases == ["fine", "dies", "next", "hangs", "last"]
+    died, hung = found["correctness"]["lost"]
+    assert (died["case"], hung["case"]) == ("dies", "hangs")
+    assert "-6" in died["how"]
+    assert "hung" in hung["how"]
+    assert found["speed"]["status"] == "crashed"
+    assert [case["shape"] for case in found["speed"]["result"]["cases"]] == ["other"]
+    assert found["speed"]["lost"] == [{"case": "breaks", "how": "RuntimeError: illegal address"}]
+    assert found["replay"]["status"] == found["lanes"]["status"] == "done"
+    processes = [found[name]["result"]["process"] for name in ("environment", "lanes", "replay")]
+    assert processes[0] != processes[1] == processes[2]
+    assert (code, document["passed"]) == (1, False)
 
 
 @pytest.mark.parametrize(("sections", "code"), [(["bitwise", "replay"], 1), (["correctness"], 0)])
@@ -328,6 +387,14 @@ def test_a_broken_run_fails_the_bitwise_section(monkeypatch, broken, capfd):
     assert result["cases"][0]["wrong"]
 
 
+@pytest.mark.parametrize(
+    "broken", [lambda *rest: 1 / 0, lambda *rest: {"passes": 9, "pauses": 9, "wrong": 1}]
+)
+def test_a_gate_that_fails_fails_the_lanes(monkeypatch, broken, capfd):
+    monkeypatch.setattr(check_lanes, "while_paused", broken)
+    assert check_lanes.lanes(context())["passed"] is False
+
+
 def test_bitwise_without_a_preemption_proves_nothing(monkeypatch, capfd):
     monkeypatch.setattr(check_correct.Preempted, "flips", lambda self, deadline: None)
     monkeypatch.setattr(check_correct, "_bitwise_plan", lambda c: [(layers.TINY, 8, "bf16")])
@@ -386,23 +453,152 @@ def test_launches_can_be_enqueued_polled_and_rewound():
 
 
 @INTERPRETED
-@pytest.mark.parametrize("format", ["bf16", "mxfp4"])
-@pytest.mark.parametrize("num_tokens", [1, 9])
-def test_kernels_can_be_compiled_ahead_on_a_layer_without_tokens(num_tokens, format):
-    compile_ahead.launch_once(CPU, (32, 16, 3, 2), torch.float32, num_tokens, format)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_tokens": 9, "weights_dtype": "bfloat16"},
+        {"num_tokens": 1, "format": "mxfp4"},
+        {"num_tokens": 1, "invariant": True},
+        {"num_tokens": 9, "format": "fp8", "dtype": "bfloat16", "rounded": True},
+    ],
+    ids=str,
+)
+def test_kernels_can_be_compiled_ahead_on_a_layer_without_tokens(options):
+    compile_ahead.launch_once(
+        CPU, compile_ahead.Job(**{"sizes": (128, 128, 3, 2), "dtype": "float32"} | options)
+    )
 
 
-def test_every_layer_of_the_plan_is_compiled_ahead(monkeypatch):
-    monkeypatch.setattr("qllm_ops.tiles.arch_of", lambda device: "sm_90")
-    jobs = compile_ahead.plan(context("triton"))
-    compiled = {(*sizes, dtype) for *sizes, dtype, format, _ in jobs if format == "bf16"}
-    quantised = [format for *_, format, _ in jobs if format != "bf16"]
-    assert set(quantised) == {"fp8", "mxfp4", "int4"}
-    for shape in layers.SHAPES:
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_sections_launch_is_compiled_ahead(monkeypatch, quick):
+    """Of every layer of the plans: its tiles, and the way that its pairs are sorted."""
+    monkeypatch.setattr(compile_ahead, "arch_of", lambda device: "sm_90")
+
+    def compiled(job):
+        counted = job.num_tokens * job.sizes[3] <= 512
+        return (job.sizes, job.dtype, job.format, job.rounded, str(compile_ahead._tiles(CPU, job)), counted)
+
+    jobs = compile_ahead.plan(CPU, quick)
+    ahead = {compiled(job) for job in jobs}
+    c = context("triton", quick=quick, rehearsal=False)
+    launched = [
+        (shape, "bfloat16", format, t) for shape, format, counts in check_speed._speed_plan(c) for t in counts
+    ]
+    for shape, dtype, format in check_correct._plan(c):
+        some = dtype != torch.bfloat16 or format != "bf16"
+        counts = check_correct.SOME_TOKENS if some else check_correct._token_counts(c)
+        launched += [(shape, check_correct.short(dtype), format, t) for t in counts]
+    launched += [(shape, "bfloat16", format, t) for shape, t, format in check_correct._bitwise_plan(c)]
+    dense = [
+        case[:2] for case in (*check_latency._plan(c), *check_speed._polling_plan(c), *check_lanes._plan(c))
+    ]
+    launched += [(shape, "bfloat16", "bf16", t) for shape, t in dense]
+    assert len(launched) > (30 if quick else 100)
+    for shape, dtype, format, num_tokens in launched:
         sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
-        assert (*sizes, "bfloat16") in compiled
-    assert len(jobs) - len(quantised) < 60
-    assert len(quantised) < 20
+        for rounded in (False, True) if format == "fp8" and num_tokens <= 32 else (False,):
+            job = compile_ahead.Job(sizes, dtype, num_tokens, format, rounded=rounded)
+            assert compiled(job) in ahead, job
+    assert len(jobs) < 80
+
+
+# -- what a case that failed, and one that is slow, leave behind -------------------------------------------
+
+
+@INTERPRETED
+@pytest.mark.parametrize("spoiled", [None, "gate_up", "down", "combine"])
+def test_the_phase_that_goes_wrong_is_found(monkeypatch, spoiled):
+    from qllm_ops.triton_moe import TritonMoe
+
+    shape = layers.Shape("small", 32, 16, 3, 2)
+    tensors = layers.layer_inputs(shape, 5, layers.weights(shape, torch.float32, CPU))
+    tensors[3][2, 1] = 99
+    launch = TritonMoe._launch
+
+    def wrong(self, phase, **options):
+        launch(self, phase, **options)
+        if phase.kernel == spoiled:
+            buffers = {"gate_up": self._intermediate, "down": self._partial[0], "combine": self._output}
+            buffers[spoiled][3, 7] += 9.0
+
+    monkeypatch.setattr(TritonMoe, "_launch", wrong)
+    found = check_correct.wrong_phases(tensors)
+    assert found.pop("order") == "sorted"
+    for phase, where in found.items():
+        if phase == spoiled:
+            assert (where["far_off"], where["first_rows"], where["first_columns"]) == (1, [3], [7])
+        else:
+            assert where["far_off"] == where["nan"] == 0
+            assert where["rms"] < 1e-5
+
+
+@INTERPRETED
+def test_a_case_that_fails_says_with_which_tiles_and_where(monkeypatch, capfd):
+    monkeypatch.setattr(check_correct, "moe", lambda *tensors, **options: moe(*tensors, **options) * 1.5)
+    small = layers.Shape("small", 32, 16, 3, 2)
+    monkeypatch.setattr(check_correct, "_plan", lambda c: [(small, torch.float32, "bf16")])
+    kept = []
+    result = check_correct.correctness(context("triton", keep=lambda result: kept.append(dict(result))))
+    case = result["cases"][0]
+    assert (kept[0]["passed"], result["passed"], case["passed"]) == (False, False, False)
+    assert case["tiles"]["gate_up"]["block_m"] > 0
+    assert case["compiled"]["down"]["programs"] > 0
+    assert case["where"]["gate_up"]["far_off"] == 0
+
+
+@INTERPRETED
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_each_phase_has_a_time_a_floor_and_its_tiles(format):
+    shape = layers.Shape("small", 32, 32, 3, 2)
+    dense = layers.weights(shape, torch.bfloat16, CPU)
+    pair = layers.quantized(dense, format)
+    inputs = [layers.with_weights(layers.layer_inputs(shape, 2, dense), pair) for _ in range(2)]
+    for tensors in inputs:
+        tensors[3].copy_(torch.tensor([[0, 2], [2, 7]]))  # two experts are hit, and one pair is nobody's
+    found = check_speed.phases(shape, inputs, CPU, 1e6, 1e15)
+    assert list(found) == ["route", "gate_up", "down", "combine"]
+    assert all(phase["us"]["n"] == 20 and phase["us"]["min"] > 0 for phase in found.values())
+    per_number = 2 if format == "bf16" else 0.5 + 4 / 32  # a row's scales take a whole word
+    tokens, between = 2 * 32 * 2, 4 * 32 * 2
+    parts = found["down"]["tiles"]["split_k"] * 4 * 32 * (2 if format == "bf16" else 4)
+    assert found["gate_up"]["bytes"] == 2 * 64 * 32 * per_number + tokens + between
+    assert found["down"]["bytes"] == 2 * 32 * 32 * per_number + between + parts
+    assert found["combine"]["floor_us"] == parts + tokens
+    assert found["gate_up"]["flops"] == 2 * found["down"]["flops"] == 2 * 2 * 4 * 32 * 32
+    assert found["down"]["programs"] > 0
+
+
+def test_the_rate_under_load_is_that_of_all_its_products():
+    start = time.perf_counter()
+    found = check_speed._under_load(context(), 64, 1e9, seconds=0.01)  # 19 products
+    assert found["sustained_product_flops_per_s"] > 19 * 2 * 64**3 / (time.perf_counter() - start)
+
+
+def test_the_goals_of_a_result():
+    spread = {"n": 9, "p25": 1.0, "p50": 1.25, "p75": 1.5, "p99": 40.0}
+    speed = {"shape": "OLMoE-1B-7B", "tokens": 8192, "graph_us": {"qllm": spread, "grouped_mm": spread}}
+    speed |= {"ratio": {"grouped_mm": spread}, "of_matmul": 0.7, "of_copy": 0.1, "memory": None}
+    exits = {"samples": 9, "left_early": 9, "lost_tiles": 0, "programs": 4}
+    exits["host_us"] = spread | {"max": 50.0}
+    exits["device_us"] = spread | {"max": 50.0}
+    writers = {"copy": exits, "step": {"error": "no"}}
+    results = {
+        "speed": {"cases": [speed, {"shape": "a", "tokens": 1, "peers": {}, "error": "bad"}]},
+        "polling": {
+            "cases": [{"shape": "a", "tokens": 1, "overhead": 0.001, "noise": 0.0, "without_us": spread}]
+        },
+        "latency": {
+            "cases": [{"shape": "a", "tokens": 1, "writers": writers, "expected_us": {"down": 40.4}}]
+        },
+    }
+    sections = {name: {"status": "done", "result": result} for name, result in results.items()}
+    document = {"rehearsal": False, "device": "NVIDIA H100", "date": "", "sections": sections}
+    verdicts = [goal.verdict for goal in goals.goals(goals.of_gpu_check(document))]
+    assert verdicts == ["yes", "yes", *"---", "yes", "yes", "NO", "yes", *"----"]
+    text = "\n".join(gpu_table.summary(document))
+    assert "at most 40.0 us (a T=1, 9 exits), of 1 case" in text
+    assert "lowest 70 % (OLMoE-1B-7B T=8192), of 1 case" in text
+    assert "9 of 9 left, at most 40 expected of a tile" in text
 
 
 # -- exit latency, on a device that is a thread ------------------------------------------------------------
@@ -489,6 +685,19 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
         assert row[name]["min"] > EXIT_S * 1e6 * 0.95
         assert row[name]["p50"] < EXIT_S * 1e6 * 4
     assert "left early" in check_latency.brief(row)
+
+
+def test_an_exit_is_expected_at_the_rates_of_the_device(monkeypatch):
+    """Mixtral's down at T = 32: 32 rows of weights x 7168 columns x 2 bytes for each of two programs."""
+    monkeypatch.setattr(check_latency, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr("qllm_ops.triton_moe.multiprocessors", lambda device: 132)
+    found = {}
+    for bandwidth in (4.3e12, 3.0e12):
+        ceilings = {"copy_bytes_per_s": {"p50": bandwidth}, "product_flops_per_s": {"p50": 790e12}}
+        c = context("triton", results={"ceilings": {"result": ceilings}})
+        found[bandwidth] = check_latency.expected_us(c, layers.MIXTRAL, 32)["down"]
+    assert found[3.0e12] == pytest.approx(2 * 32 * 7168 * 2 / (3.0e6 / 132))
+    assert found[3.0e12] / found[4.3e12] == pytest.approx(4.3 / 3.0)
 
 
 def test_the_table_shows_errors_and_missing_parts():
