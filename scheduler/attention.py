@@ -99,7 +99,7 @@ class Ragged:
     layer: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)  # its part of the pool
     expanded: bool = field(default=False, init=False)  # whether attention was given other keys than those
     _padded: dict = field(default_factory=dict, init=False)
-    _rows: flash.Rows | None = field(default=None, init=False)
+    _rows: dict[tuple[int, ...], flash.Rows] = field(default_factory=dict, init=False)
 
     def keys_and_values(
         self, key: torch.Tensor, value: torch.Tensor
@@ -120,11 +120,12 @@ class Ragged:
         return rows if len(rows) > 1 else []
 
     def at_once(self, starts: list[int], keys: torch.Tensor) -> flash.Rows:
-        """All rows as one launch wants them; made once per iteration."""
-        if self._rows is None:
+        """All rows as one launch wants them; made once per iteration, where all layers hand on the same."""
+        where = (*starts, keys.shape[1])
+        if where not in self._rows:
             lengths, totals = zip(*((s.length, s.total) for s in self.segments), strict=True)
-            self._rows = flash.Rows.of(lengths, starts, totals, keys)
-        return self._rows
+            self._rows[where] = flash.Rows.of(lengths, starts, totals, keys)
+        return self._rows[where]
 
     def padded(self, rows: list[int], starts: list[int], window: int, like: torch.Tensor) -> Padded:
         """Those rows as one batch; made once per iteration and kind of layer."""

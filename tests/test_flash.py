@@ -164,6 +164,16 @@ def test_which_kernel_runs_is_not_left_to_the_other_rows(max_q, window, monkeypa
     assert alone_k == beside_k > window
 
 
+def test_layers_that_hand_on_other_keys_have_rows_of_their_own():
+    """A model may attend to the pool in one layer, and in another to what it makes of all rows' latents."""
+    batch = Ragged([Segment(0, 1, 2, 5), Segment(1, 2, 0, 10)])
+    pool, latents = torch.empty(2, 20, SIZE), torch.empty(2, 5, SIZE)
+    first, second = batch.at_once([5, 10], pool), batch.at_once([0, 3], latents)
+    assert (first.cu_k.tolist(), second.cu_k.tolist()) == ([5, 10, 20], [0, 3, 5])
+    assert first.used.tolist() == second.used.tolist() == [3, 2]
+    assert batch.at_once([5, 10], pool) is first
+
+
 def test_rows_that_do_not_lie_one_behind_the_other_are_an_error():
     keys = torch.randn(2, 30, SIZE)
     flash.Rows.of([1, 2], [5, 10], [5, 20], keys)
