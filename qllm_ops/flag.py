@@ -42,6 +42,12 @@ NUMBERED: weakref.WeakValueDictionary[int, PriorityFlag] = weakref.WeakValueDict
 
 _numbers = itertools.count()
 
+NON_BLOCKING = 1
+"""Of a CUDA stream: it does not wait for the default stream, nor that for it."""
+
+SPARE_STREAMS: dict[int, list[torch.cuda.Stream]] = {}
+"""Streams that flags have had on each device, for the next ones: none is ever destroyed."""
+
 Event = Callable[[str, int, float], None]
 
 
@@ -63,7 +69,9 @@ class PriorityFlag:
             looks after every launch whether it was left: one round trip per layer. "stream": the stream
             waits (``cuStreamWaitValue32``, through cuda-bindings), and the thread may run ahead, up to the
             next layer that begins while the class is paused. A stream that waits keeps whatever shares a
-            hardware queue with it waiting as well: set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts.
+            hardware queue with it waiting as well, and the first use of any kernel, torch's own included: set
+            CUDA_DEVICE_MAX_CONNECTIONS=32 and CUDA_MODULE_LOADING=EAGER before CUDA starts. When the flag is
+            gone, streams that it held go on; a CUDA graph that holds must not outlive it.
 
     Attributes:
         words: int32 tensor of shape (classes,) on ``device``; what kernels poll. Read only.
@@ -88,7 +96,9 @@ class PriorityFlag:
         self.device = torch.device(device)
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"device must be a CPU or a CUDA device, got {self.device}")
-        self.words = torch.full((classes,), FULL, dtype=torch.int32, device=self.device)
+        with torch.inference_mode(False):  # or only threads in that mode could write them
+            self.words = torch.full((classes,), FULL, dtype=torch.int32, device=self.device)
+        self.device = self.words.device  # with its number, whatever device is current later
         self.expired = 0
         self.gate = gate
         self.number = next(_numbers)
@@ -100,6 +110,7 @@ class PriorityFlag:
         self._changed = threading.Condition()
         if self.device.type == "cuda":
             self._write_word = _CudaWords(self.words, writer, gate)
+            weakref.finalize(self, self._write_word.close).atexit = False
         elif writer is not None:
             raise ValueError(f"writer={writer!r} is for CUDA flags; this one is on {self.device}")
         else:
@@ -307,14 +318,15 @@ class _CudaWords:
         if writer not in (None, "stream", "copy"):
             raise ValueError(f'writer must be "stream", "copy" or None, got {writer!r}')
         self.words = words
-        # Its own stream: a pause must not queue behind work that the caller has enqueued.
-        _, most_urgent = torch.cuda.Stream.priority_range()
-        self.stream = torch.cuda.Stream(device=words.device, priority=most_urgent)
-        self.stream.wait_stream(torch.cuda.current_stream(words.device))
         self.pinned: dict[int, torch.Tensor] = {}
         self.kind = "copy"
+        self.held: set[int] = set()  # streams
+        self.own = False
+        # Its own stream: a pause must not queue behind work that the caller has enqueued.
+        _, most_urgent = torch.cuda.Stream.priority_range()
+        self._use(torch.cuda.Stream(device=words.device, priority=most_urgent))
         try:
-            self._open_driver(gate)
+            self._open_driver(gate, most_urgent)
             self.kind = "copy" if writer == "copy" else "stream"
         except Exception as error:
             for name, asked in (("writer", writer), ("gate", gate)):
@@ -324,17 +336,39 @@ class _CudaWords:
             # Pinning memory may wait for the device: the common values are ready before the first pause.
             self._pinned(0), self._pinned(FULL)
 
-    def _open_driver(self, gate: str) -> None:
+    def _open_driver(self, gate: str, priority: int) -> None:
         """Find the driver, and try it on a word that holds nobody."""
         from cuda.bindings import driver
 
         self.driver: Any = driver
         # A thread that has used no CUDA yet has no context, and then the driver knows no stream.
         self.context = self._checked(driver.cuDevicePrimaryCtxRetain(self.words.device.index))
+        # A stream that is nobody else's. torch hands out the same 32 again and again: a resume on one of them
+        # might queue behind the very wait that it has to end.
+        spare = SPARE_STREAMS.setdefault(self.words.device.index, [])
+        if not spare:
+            handle = self._call("cuStreamCreateWithPriority", NON_BLOCKING, priority)
+            spare.append(torch.cuda.ExternalStream(int(handle), device=self.words.device))
+        self._use(spare.pop())
+        self.own = True
         self._enqueue("cuStreamWriteValue32", self.stream, 0, FULL)
         if gate == "stream":
             self._enqueue("cuStreamWaitValue32", self.stream, 0, 1)
         self.stream.synchronize()
+
+    def _use(self, stream: torch.cuda.Stream) -> None:
+        """Write on this stream from now on, after the words were made."""
+        self.stream = stream
+        stream.wait_stream(torch.cuda.current_stream(self.words.device))
+        # Whoever gets the words' memory next must not get a write that is still under way, too.
+        self.words.record_stream(stream)
+
+    def close(self) -> None:
+        """The flag is gone: let go whatever it still holds, as nobody else could."""
+        for c in range(len(self.words) if self.held else 0):
+            self(c, FULL)
+        if self.own:
+            SPARE_STREAMS[self.words.device.index].append(self.stream)
 
     def __call__(self, c: int, value: int) -> None:
         if self.kind == "stream":
@@ -344,15 +378,22 @@ class _CudaWords:
             self.words[c : c + 1].copy_(self._pinned(value), non_blocking=True)
 
     def hold(self, c: int) -> None:
+        stream = torch.cuda.current_stream(self.words.device)
+        if stream.cuda_stream not in self.held:
+            self.words.record_stream(stream)  # It may still read the word when the flag is gone.
+            self.held.add(stream.cuda_stream)
         # Flags of 0 wait until the word is at least 1, as signed numbers: FULL is the largest of those.
-        self._enqueue("cuStreamWaitValue32", torch.cuda.current_stream(self.words.device), c, 1)
+        self._enqueue("cuStreamWaitValue32", stream, c, 1)
 
     def _enqueue(self, operation: str, stream: torch.cuda.Stream, c: int, value: int) -> None:
+        address = self.words.data_ptr() + 4 * c
+        self._call(operation, self.driver.CUstream(stream.cuda_stream), address, value, 0)
+
+    def _call(self, operation: str, *arguments: Any) -> Any:
         driver = self.driver
         self._checked(driver.cuCtxPushCurrent(self.context))
         try:
-            address = self.words.data_ptr() + 4 * c
-            self._checked(getattr(driver, operation)(driver.CUstream(stream.cuda_stream), address, value, 0))
+            return self._checked(getattr(driver, operation)(*arguments))
         finally:
             driver.cuCtxPopCurrent()
 
@@ -366,5 +407,5 @@ class _CudaWords:
     def _pinned(self, value: int) -> torch.Tensor:
         """One pinned word per value, never overwritten: a copy in flight always reads what was meant."""
         if value not in self.pinned:
-            self.pinned[value] = torch.tensor([value], dtype=torch.int32).pin_memory()
+            self.pinned[value] = torch.tensor([value], dtype=torch.int32, device="cpu").pin_memory()
         return self.pinned[value]

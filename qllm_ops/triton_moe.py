@@ -38,6 +38,9 @@ launch, which nothing stops; where nothing is left, each of them costs a launch 
 COUNTED_PAIRS = 512
 """Most pairs that one program sorts by itself: below that, a sort's own launches take longer."""
 
+SORTS = (1024, 2048, 4096, 8192)
+"""Up to so many pairs torch sorts by a kernel of its own each, and all beyond 4096 by the same."""
+
 INVARIANT_ROWS = 64
 """Rows per expert for which tiles are chosen that must be the same for every batch: 64 rows still read
 the weights of a decode batch faster than they multiply, and use the matrix units of a prefill."""
@@ -130,9 +133,13 @@ class TritonMoe:
                 top_k_index=torch.full_like(inputs.top_k_index[:1], -1).repeat(num_tokens, 1),
                 top_k_weights=inputs.top_k_weights.new_empty(num_tokens, inputs.top_k),
             )
-            cls(nobody, None, 0).launch_all()
-            if flag is not None:
-                cls(nobody, flag, priority).step(None)
+            run = cls(nobody, flag, priority)
+            with run._on_device():
+                for phase in run._phases if flag is not None else ():
+                    run._launch(phase)
+            run.launch_all()
+        for pairs in SORTS:
+            torch.sort(inputs.top_k_index.new_zeros(pairs), stable=True)
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -265,6 +272,9 @@ class TritonMoe:
     def _activate(self) -> None:
         gated = self.inputs.activation(self._intermediate)
         gated = checked("activation", gated, (self._pairs, self.inputs.intermediate_size))
+        if self.device.type == "cuda":
+            # Read on this stream, and let go to the one that the run was made on.
+            self._intermediate.record_stream(torch.cuda.current_stream())
         self._intermediate = gated.to(self._output.dtype).contiguous()
 
     def _norm(self) -> None:

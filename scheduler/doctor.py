@@ -182,6 +182,8 @@ def _choices() -> Iterator[Check]:
         gate = 'works; PriorityFlag(gate="stream") and Engine(gate="stream") use it'
         if int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8")) < 32:
             gate += ". Set CUDA_DEVICE_MAX_CONNECTIONS=32: streams that share a queue are held together"
+        if os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
+            gate += ". Set CUDA_MODULE_LOADING=EAGER: a kernel's first use may wait for a stream that is held"
     except ValueError as error:
         gate = str(error)
     yield Check("stream gate", None, gate)

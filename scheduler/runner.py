@@ -157,6 +157,12 @@ class Runner:
                 stack.enter_context(torch.cuda.stream(stream))
             yield
 
+    def warm_up_lane(self) -> None:
+        """Have this lane's thread and stream make what they make once, as cuBLAS does with its handle and its
+        workspace: that waits for the whole device, so it has to be done before anything can be paused."""
+        if self.device.type == "cuda":
+            self._probe_beside(0)
+
     def run(self, batch: Batch, granularity: str | None) -> list[Outcome]:
         """One forward pass; one outcome per row. ``granularity`` is where it stops while its class is
         paused: None (nowhere), "layer" or "tile"."""

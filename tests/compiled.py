@@ -11,8 +11,10 @@ import json
 import random
 import sys
 import traceback
+from dataclasses import replace
 from unittest import mock
 
+import torch
 from compiled_cases import CASES
 from ptx_device import Device
 
@@ -52,7 +54,26 @@ def examine(device: Device, case, tiles, width) -> dict:
         record[disturb.__name__] = disturb(device, run, flag, draw)
         assert run.tiles_done == run.tiles_total == whole.tiles_total
         assert_same_bits(run.output, whole.output)
+    before = loaded_kernels(device)
+    with mock.patch("ptx.launch"):
+        routing = {
+            name: at_an_odd_address(getattr(inputs, name)) for name in ("top_k_index", "top_k_weights")
+        }
+        TritonMoe(replace(inputs, **routing), None, 0, tiles=tiles, width=width).launch_all()
+    record["loaded_for_other_addresses"] = loaded_kernels(device) - before
     return record
+
+
+def loaded_kernels(device: Device) -> int:
+    every = (kernels.route, kernels.gate_up, kernels.down, kernels.combine)
+    return sum(len(kernel.device_caches[device.get_current_device()][0]) for kernel in every)
+
+
+def at_an_odd_address(x: torch.Tensor) -> torch.Tensor:
+    """Like a slice of the routing of a larger batch: not a multiple of 16 bytes."""
+    moved = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    assert moved.data_ptr() % 16
+    return moved.copy_(x)
 
 
 def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: random.Random) -> dict:

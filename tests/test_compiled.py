@@ -42,3 +42,5 @@ def test_compiled_layers(record_of, case):
     # Where tiles have exits some were given back, and nowhere else.
     assert (record["pause_for_good"]["given_back"] > 0) == (case[0] == "exits")
     assert (record["pause_and_share"]["given_back"] > 0) == (case[0] == "exits")
+    # A chunk of a larger batch stalls on no compiler, whatever the address of its routing.
+    assert record["loaded_for_other_addresses"] == 0

@@ -5,6 +5,7 @@ import random
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, POLICIES
 from qllm_ops.scheduler.request import BE, LS, RequestCancelled, RequestError
-from qllm_ops.scheduler.runner import Routes
+from qllm_ops.scheduler.runner import Routes, Runner
 
 WAIT_S = 60.0
 LIMITS = Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=256)
@@ -94,6 +95,53 @@ def test_attention_kernels_for_many_keys_are_loaded_before_a_lane_starts(model):
     for rows in loaded:
         assert [slot for slot, _, _ in rows] == [i * rows[0][1] for i in range(len(rows))]
         assert {length for _, _, length in rows} == {1}
+
+
+@pytest.mark.parametrize("slow", [FOREGROUND, BACKGROUND])
+def test_no_lane_starts_before_both_are_warm(model, monkeypatch, slow):
+    """What a thread makes in its first pass waits for the whole device, so for what the other one paused."""
+    seen, run = [], Runner.run
+
+    def warm_up_lane(runner):
+        lane = threading.current_thread().name.removeprefix("qllm-")
+        time.sleep(0.2 if lane == slow else 0)
+        seen.append(lane)
+
+    def note_run(runner, batch, *args):
+        seen.append("batch")
+        return run(runner, batch, *args)
+
+    monkeypatch.setattr(Runner, "warm_up_lane", warm_up_lane)
+    monkeypatch.setattr(Runner, "run", note_run)
+    with Engine(model, limits=LIMITS) as engine:
+        handles = [engine.submit(prompt(5), priority=priority, max_new_tokens=2) for priority in (BE, LS)]
+        assert all(len(handle.result(WAIT_S)) == 2 for handle in handles)
+    assert set(seen[:2]) == {FOREGROUND, BACKGROUND}
+
+
+def test_a_lane_that_cannot_be_warmed_fails_the_requests_and_hangs_nobody(model, monkeypatch):
+    submitted = threading.Event()
+
+    def warm_up_lane(runner):
+        if threading.current_thread().name == f"qllm-{BACKGROUND}":
+            assert submitted.wait(WAIT_S)
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Runner, "warm_up_lane", warm_up_lane)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(5), priority=BE, max_new_tokens=2)
+        submitted.set()
+        with pytest.raises(RequestError, match="no room"):
+            handle.result(WAIT_S)
+    assert not any(thread.is_alive() for thread in engine._threads)
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cuda", [0]), ("cpu", [])])
+def test_a_lane_is_warmed_by_a_prompt_and_a_token_on_a_gpu(device, passes):
+    seen = []
+    Runner.warm_up_lane(SimpleNamespace(device=torch.device(device), _probe_beside=seen.append))
+    assert seen == passes
 
 
 # -- the same answer as transformers -------------------------------------------------------------------

@@ -566,11 +566,31 @@ class Driver:
         def call(*args):
             self.calls.append((name, *args))
             status = 801 if name == self.refuses else 0
+            if name == "cuStreamCreateWithPriority":
+                return status, 100 + sum(call[0] == name for call in self.calls)
             return (
                 (status, "context") if name in ("cuDevicePrimaryCtxRetain", "cuCtxPopCurrent") else (status,)
             )
 
         return call
+
+
+class Words:
+    """Two words on device 3, and the streams that their memory waits for before anybody else gets it."""
+
+    device = SimpleNamespace(index=3)
+
+    def __init__(self):
+        self.streams = []
+
+    def __len__(self):
+        return 2
+
+    def data_ptr(self):
+        return 4096
+
+    def record_stream(self, stream):
+        self.streams.append(stream.cuda_stream)
 
 
 @pytest.fixture
@@ -580,8 +600,7 @@ def words_on_a_gpu(monkeypatch):
     def make(driver, writer=None, gate="host"):
         monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=SimpleNamespace(driver=driver)))
         monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-        words = SimpleNamespace(device=SimpleNamespace(index=3), data_ptr=lambda: 4096)
-        return _CudaWords(words, writer, gate)
+        return _CudaWords(Words(), writer, gate)
 
     stream = lambda number: SimpleNamespace(  # noqa: E731
         cuda_stream=number, wait_stream=lambda other: None, synchronize=lambda: None
@@ -589,7 +608,9 @@ def words_on_a_gpu(monkeypatch):
     made = lambda device, priority: stream(-priority)  # noqa: E731
     made.priority_range = lambda: (0, -5)
     monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: stream(handle))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream(77))
+    monkeypatch.setattr("qllm_ops.flag.SPARE_STREAMS", {})
     monkeypatch.setattr(_CudaWords, "_pinned", lambda self, value: None)
     return make
 
@@ -605,9 +626,63 @@ def test_words_are_written_on_the_flags_stream_and_streams_held_by_the_driver(wo
     # Any thread may write, also one that has never used the device.
     around = (("cuCtxPushCurrent", "context"), ("cuCtxPopCurrent",))
     assert driver.calls == [
-        around[0], ("cuStreamWriteValue32", "stream 5", 4100, 0, 0), around[1],
+        around[0], ("cuStreamWriteValue32", "stream 101", 4100, 0, 0), around[1],
         around[0], ("cuStreamWaitValue32", "stream 77", 4100, 1, 0), around[1],
     ]  # fmt: skip
+
+
+def test_a_flag_writes_on_a_stream_that_torch_gives_to_nobody(words_on_a_gpu):
+    """Of torch's pool it might be the stream that is held, and the resume would queue behind the wait."""
+    driver = Driver()
+    first, second = (words_on_a_gpu(driver, gate="stream") for _ in range(2))
+    made = [call for call in driver.calls if call[0] == "cuStreamCreateWithPriority"]
+    assert made == [("cuStreamCreateWithPriority", 1, -5)] * 2  # non-blocking, the most urgent
+    assert (first.stream.cuda_stream, second.stream.cuda_stream) == (101, 102)
+    first.close()
+    assert words_on_a_gpu(driver).stream is first.stream  # of which there are no more than flags at once
+    assert words_on_a_gpu(Driver("cuStreamCreateWithPriority")).stream.cuda_stream == 5
+
+
+def test_the_memory_of_words_waits_for_writes_and_for_streams_that_were_held(words_on_a_gpu):
+    words = words_on_a_gpu(Driver(), gate="stream")
+    assert words.stream.cuda_stream in words.words.streams
+    words.hold(0)
+    words.hold(1)
+    assert words.words.streams.count(77) == 1  # a note is enough, and not free
+
+
+def test_a_flag_that_goes_lets_go_what_it_holds(words_on_a_gpu, monkeypatch):
+    """Nobody is left who could write the word that a stream waits for."""
+    driver = Driver()
+    words = words_on_a_gpu(driver, gate="stream")
+    monkeypatch.setattr(
+        torch, "full", lambda *args, **kwargs: SimpleNamespace(device=torch.device("cuda", 3))
+    )
+    monkeypatch.setattr("qllm_ops.flag._CudaWords", lambda *args: words)
+    flag = PriorityFlag("cuda", gate="stream")
+    assert flag.device.index == 3
+    flag.pause(0, timeout_s=None)
+    words.hold(0)
+    driver.calls.clear()
+    del flag
+    gc.collect()
+    writes = [call for call in driver.calls if call[0] == "cuStreamWriteValue32"]
+    assert writes == [("cuStreamWriteValue32", "stream 101", 4096 + 4 * c, FULL, 0) for c in range(2)]
+
+
+def test_a_flag_that_was_made_in_inference_mode_can_be_written_outside_of_it():
+    with torch.inference_mode():
+        flag = PriorityFlag()
+    flag.pause(0)
+    assert flag.words.tolist() == [0, FULL]
+
+
+def test_pinned_words_lie_on_the_cpu_whatever_the_default_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    words = _CudaWords.__new__(_CudaWords)
+    words.pinned = {}
+    with torch.device("meta"):
+        assert words._pinned(7).tolist() == [7]
 
 
 def test_a_driver_that_refuses_is_an_error_only_for_who_asked_for_it(words_on_a_gpu):

@@ -711,6 +711,57 @@ def test_warm_up_computes_nothing_and_leaves_the_flag_alone():
     assert flag.read() == (2**31 - 1,) * 2
 
 
+@pytest.mark.parametrize(
+    ("activation", "expert_norm"), [("silu", None), (own_gate, None), ("silu", own_norm)]
+)
+@pytest.mark.parametrize("paused", [False, True])
+def test_warm_up_launches_every_kernel_with_a_flag_and_without(monkeypatch, paused, activation, expert_norm):
+    """Also those that come after a function of yours, where no token has an expert to do anything with."""
+    launched, launch = set(), TritonMoe._launch
+
+    def note(run, phase, *, poll=True, **options):
+        launched.add((phase.kernel, poll and run._word is not None))
+        launch(run, phase, poll=poll, **options)
+
+    monkeypatch.setattr(TritonMoe, "_launch", note)
+    inputs = layer(1, 8, 8, 2, 2, activation=activation, expert_norm=expert_norm)
+    flag = PriorityFlag()
+    if paused:
+        flag.pause(0)
+    warm_up(**vars(inputs), flag=flag, backend="triton")
+    assert launched == {
+        (kernel, polls) for kernel in ("gate_up", "down", "combine") for polls in (False, True)
+    }
+
+
+def test_warm_up_loads_every_kernel_that_torch_sorts_by(monkeypatch):
+    """One for up to 1024, 2048 and 4096 numbers each, and some for more; up to 512 are not sorted by it."""
+    sizes, sort = [], torch.sort
+
+    def note(x, **options):
+        sizes.append(len(x))
+        return sort(x, **options)
+
+    monkeypatch.setattr(torch, "sort", note)
+    warm_up(**vars(layer(1, 8, 8, 2, 2)), backend="triton")
+
+    def kernel(pairs):
+        return min(pairs - 1, 4096).bit_length()
+
+    assert {kernel(pairs) for pairs in range(513, 20000)} <= {kernel(pairs) for pairs in sizes}
+
+
+def test_the_first_product_waits_for_an_activation_on_another_stream(monkeypatch):
+    """Else the stream that the run was made on may overwrite what the activation still reads."""
+    run = TritonMoe(layer(3, 8, 8, 2, 2, activation=own_gate), None, 0)
+    first, waited_for = run._intermediate, []
+    monkeypatch.setattr(run, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "another stream")
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: waited_for.append((x, stream)))
+    run._activate()
+    assert [(x is first, stream) for x, stream in waited_for] == [(True, "another stream")]
+
+
 # -- a second thread ---------------------------------------------------------------------------------
 
 

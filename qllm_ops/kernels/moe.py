@@ -327,7 +327,8 @@ def below(x, LIMIT: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "down_blocks", "last_down_blocks", "combine_tiles", "last_combine_tiles"]
+    do_not_specialize=["num_pairs", "down_blocks", "last_down_blocks", "combine_tiles", "last_combine_tiles"],
+    do_not_specialize_on_alignment=["experts_ptr"],
 )
 def route(
     experts_ptr,  # (P,) expert of every pair, or of every sorted row if not COUNT
@@ -437,7 +438,7 @@ def write_blocks(blocks_ptr, experts, known, rows, BLOCK_M: tl.constexpr):
     return tl.sum(blocks, axis=0)
 
 
-@triton.jit(do_not_specialize=["share", "quantum"], do_not_specialize_on_alignment=["flag_ptr"])
+@triton.jit(do_not_specialize=["share", "quantum"], do_not_specialize_on_alignment=["flag_ptr", "scale_ptr"])
 def gate_up(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
@@ -678,7 +679,7 @@ def down(
 
 @triton.jit(
     do_not_specialize=["share", "quantum", "phase", "num_tokens"],
-    do_not_specialize_on_alignment=["flag_ptr"],
+    do_not_specialize_on_alignment=["flag_ptr", "index_ptr", "weights_ptr"],
 )
 def combine(
     partial_ptr,  # (SPLIT_K, P, W)
