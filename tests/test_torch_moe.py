@@ -254,8 +254,9 @@ def test_layouts_agree():
         (90, 4, 2, 32),
         (300, 3, 1, 32),
     ):
-        for odd in (0, 1):  # rows of 32 numbers start at multiples of 16 bytes, rows of 31 do not
-            case = MoeCase(tokens, size - odd, size - odd, experts, top_k)
+        # Rows of 32 numbers start at multiples of 16 bytes, rows of 31 do not. Skipped rows may come first.
+        for odd, routing in itertools.product((0, 1), ("distinct", "out_of_range")):
+            case = MoeCase(tokens, size - odd, size - odd, experts, top_k, routing=routing)
             assert_close(alone(case), case)
 
 
@@ -282,6 +283,9 @@ def test_groups_cover_every_row_once_and_are_bounded(counts, hidden, intermediat
     for group in groups:
         assert group[-1][2] - group[0][1] <= most
         assert len(group) == 1 or 12 * hidden * intermediate * len(group) <= torch_moe.GROUP_BYTES
+    for group, (first, *_) in itertools.pairwise(groups):  # nothing is a group of its own for no reason
+        too_many = 12 * hidden * intermediate * (len(group) + 1) > torch_moe.GROUP_BYTES
+        assert too_many or first[2] - group[0][1] > most
 
 
 def test_rows_of_a_tile_keep_within_its_work(tiles):
