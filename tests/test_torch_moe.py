@@ -253,6 +253,7 @@ def test_layouts_agree():
         (60, 4, 1, 32),
         (90, 4, 2, 32),
         (300, 3, 1, 32),
+        (4, 8, 8, 200),  # one token's pairs are more than a small tile of the combine
     ):
         # Rows of 32 numbers start at multiples of 16 bytes, rows of 31 do not. Skipped rows may come first.
         for odd, routing in itertools.product((0, 1), ("distinct", "out_of_range")):
