@@ -298,3 +298,5 @@ def test_rows_of_a_tile_keep_within_its_work(tiles):
         work = 4 * hidden * intermediate  # of one row in the larger of its two tiles
         assert rows == torch_moe.MIN_ROWS or rows * work <= torch_moe.TILE_FLOPS
         assert rows == torch_moe.MAX_ROWS or (rows + 1) * work > torch_moe.TILE_FLOPS
+    # A small layer is not cut at all: a tile for each of the products, and one for the sums.
+    assert MoeRun(**MoeCase(40, 16, 12, 4, 2).tensors()).tiles_total == 3
