@@ -252,6 +252,18 @@ def test_wait_wakes_at_the_last_resume():
     assert answers == [True]
 
 
+def test_only_who_stands_still_gives_its_workers_back(monkeypatch):
+    """The class that goes first needs the cores, and a team of threads is not started for nothing."""
+    released = []
+    monkeypatch.setattr("qllm_ops.flag.release_workers", lambda: released.append(flag.read()))
+    flag = PriorityFlag()
+    assert flag.wait(0)
+    assert released == []
+    flag.pause(0)
+    assert not flag.wait(0, timeout_s=0.01)
+    assert released == [(0, FULL)]
+
+
 def test_wait_gives_up():
     flag = PriorityFlag()
     flag.pause(0)
@@ -520,15 +532,17 @@ def test_only_a_flag_with_a_stream_gate_holds_a_stream():
         flag.hold(2)
 
 
-def test_a_watchdog_ends_the_pauses_that_nobody_waits_for():
+def test_a_watchdog_ends_the_pauses_that_nobody_waits_for(monkeypatch):
     """A device stream that is held calls nobody: with a host gate this word would stay 0."""
+    monkeypatch.setattr("qllm_ops.flag.WATCH_S", 30.0)  # it wakes for the deadline
     flag, plain = PriorityFlag(gate="stream"), PriorityFlag()
     for each in (flag, plain):
+        each.pause(1, "for ever", timeout_s=None)
         each.pause(0, "dead", timeout_s=0.05)
     until = time.monotonic() + 5
     while flag.words[0].item() == 0 and time.monotonic() < until:
         time.sleep(0.01)
-    assert flag.words[0].item() == FULL
+    assert flag.words.tolist() == [FULL, 0]
     assert flag.expired == 1
     assert plain.words[0].item() == 0
 
@@ -633,6 +647,8 @@ def test_words_are_written_on_the_flags_stream_and_streams_held_by_the_driver(wo
 def test_a_driver_that_refuses_is_an_error_only_for_who_asked_for_it(words_on_a_gpu):
     assert words_on_a_gpu(Driver("cuStreamWriteValue32")).kind == "copy"
     assert words_on_a_gpu(Driver(), writer="copy").kind == "copy"
+    with pytest.raises(ValueError, match=r'writer must be "stream", "copy" or None, got .fill.'):
+        words_on_a_gpu(Driver(), writer="fill")
     with pytest.raises(ValueError, match='writer="stream" does not work here'):
         words_on_a_gpu(Driver("cuStreamWriteValue32"), writer="stream")
     assert words_on_a_gpu(Driver("cuStreamWaitValue32"), writer="stream").kind == "stream"
