@@ -249,6 +249,27 @@ def test_the_floor_is_what_best_effort_work_gets(policy, floor):
     assert share == pytest.approx(floor, rel=0.15, abs=0.002)
 
 
+def test_the_floor_is_given_in_slices():
+    """Not a little after every urgent iteration: 0.5 s of it at a time, once that much is owed."""
+    engine = VirtualEngine("priority", limits_of(be_floor=0.5, be_slice_s=0.5), cost=lambda batch: 0.125)
+    engine.submit(4, LS, 12)
+    best_effort(engine, 60, 10)
+    assert engine.drain(10.0)
+    assert [batch.urgent for batch in engine.history[:12]] == [True] * 4 + [False] * 4 + [True] * 4
+
+
+def test_what_was_owed_to_those_who_left_is_not_owed_to_the_next():
+    engine = VirtualEngine("priority", limits_of(be_floor=0.5, be_slice_s=1.0), cost=lambda batch: 0.1)
+    engine.submit(4, LS, 60)
+    first = best_effort(engine, 20, 1)
+    engine.advance(0.85)
+    engine.cancel(first)
+    engine.advance(0.5)
+    second = best_effort(engine, 10, 1)
+    assert not engine.run_until(lambda: second.in_flight, 0.95)
+    assert engine.run_until(lambda: second.in_flight, 0.3)
+
+
 def test_riders_are_owed_nothing():
     """Best-effort rows in an urgent decode batch get on; a slice for them as well would be too much."""
 
@@ -257,6 +278,7 @@ def test_riders_are_owed_nothing():
         patient = best_effort(engine, 10, 60)
         assert engine.run_until(lambda: len(patient.tokens) == 1, 1.0)
         urgent, start_s = engine.submit(4, LS, 16), engine.clock.now
+        engine.submit(40, LS, 10)  # waits for memory: nothing is owed for urgent ones that are left behind
         assert engine.run_until(lambda: not urgent.open, 5.0)
         assert len(patient.tokens) > 10
         return engine.clock.now - start_s
@@ -405,6 +427,21 @@ def test_a_hung_foreground_does_not_keep_best_effort_work_from_memory():
     assert engine.run_until(lambda: not any(r.open for r in patient), 30.0)
 
 
+def test_a_foreground_that_is_slow_is_not_taken_for_hung_when_memory_is_given():
+    """The background lane asks while urgent work runs: nothing is paused for the sake of an aged request."""
+    cost = lambda batch: 4.0 if batch.urgent else 1.0  # noqa: E731
+    engine = VirtualEngine("tile", limits_of(be_floor=0.0, aging_s=3.0), cost=cost)
+    aged = best_effort(engine, 10, 1)
+    engine.settle()
+    engine.submit(30, LS, 10)
+    engine.settle()
+    large, patient = engine.submit(60, LS, 10), best_effort(engine, 20, 2)
+    assert engine.run_until(lambda: not aged.open, 5.5)
+    engine.settle()
+    assert FOREGROUND in engine.lanes
+    assert large.region is patient.region is None
+
+
 def test_release_lets_go_only_of_the_schedulers_own_pause():
     scheduler = Scheduler("tile", limits_of())
     scheduler.flag.pause(BE, owner="someone else")
@@ -474,6 +511,21 @@ def test_a_bad_day_of_the_device_fails_nobody_in_a_batch_of_several():
     assert all(r.state is State.DONE for r in requests)
     assert [len(batch.rows) for batch in engine.history[:4]] == [3, 1, 1, 1]
     assert len(engine.history[-1].rows) == 3, "they did not come together again"
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_what_failed_together_does_not_ride_in_an_urgent_batch(tokens):
+    """Whichever is guilty would fail that as well, and again with every urgent batch that it rides in."""
+    engine = VirtualEngine("priority", limits_of(prefill_tokens=100, top_up_tokens=50))
+    patient = [engine.submit(8, BE, 5) for _ in range(2)]
+    assert engine.run_until(lambda: all(len(r.tokens) == tokens for r in patient), 1.0)
+    urgent = engine.submit(8, LS, 3)
+    engine.break_lane(FOREGROUND)
+    assert engine.run_until(lambda: not urgent.open, 1.0)
+    together = [[row.request for row in batch.rows] for batch in engine.history]
+    assert [rows for rows in together if urgent in rows] == [[urgent]] * 3
+    assert engine.drain(100.0)
+    assert all(r.state is State.DONE for r in patient)
 
 
 def test_cancelled_in_flight_ends_with_its_iteration_whatever_becomes_of_that():
@@ -577,11 +629,17 @@ def test_chunks_end_at_multiples():
 
 
 def test_the_flag_need_not_be_given():
-    scheduler = Scheduler("tile", clock=lambda: 1.0)
+    now = [1.0]
+    scheduler = Scheduler("tile", limits_of(pause_timeout_s=5.0), clock=lambda: now[0])
     assert isinstance(scheduler.flag, PriorityFlag)
     scheduler.submit(Request("a", [1], LS, 1))
     batch = scheduler.next(FOREGROUND)
     assert scheduler.flag.read() == (0, FULL)
     scheduler.complete(batch, [(3, 0.5)])
     assert scheduler.next(FOREGROUND) is None
+    assert scheduler.flag.read() == (FULL, FULL)
+    scheduler.submit(Request("b", [1], LS, 1))
+    scheduler.next(FOREGROUND)
+    assert scheduler.flag.read() == (0, FULL)
+    now[0] += 5.0  # a pause and its deadline go by one clock
     assert scheduler.flag.read() == (FULL, FULL)

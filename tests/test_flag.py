@@ -252,6 +252,18 @@ def test_wait_wakes_at_the_last_resume():
     assert answers == [True]
 
 
+def test_only_who_stands_still_gives_its_workers_back(monkeypatch):
+    """The class that goes first needs the cores, and a team of threads is not started for nothing."""
+    released = []
+    monkeypatch.setattr("qllm_ops.flag.release_workers", lambda: released.append(flag.read()))
+    flag = PriorityFlag()
+    assert flag.wait(0)
+    assert released == []
+    flag.pause(0)
+    assert not flag.wait(0, timeout_s=0.01)
+    assert released == [(0, FULL)]
+
+
 def test_wait_gives_up():
     flag = PriorityFlag()
     flag.pause(0)
@@ -520,15 +532,17 @@ def test_only_a_flag_with_a_stream_gate_holds_a_stream():
         flag.hold(2)
 
 
-def test_a_watchdog_ends_the_pauses_that_nobody_waits_for():
+def test_a_watchdog_ends_the_pauses_that_nobody_waits_for(monkeypatch):
     """A device stream that is held calls nobody: with a host gate this word would stay 0."""
+    monkeypatch.setattr("qllm_ops.flag.WATCH_S", 30.0)  # it wakes for the deadline
     flag, plain = PriorityFlag(gate="stream"), PriorityFlag()
     for each in (flag, plain):
+        each.pause(1, "for ever", timeout_s=None)
         each.pause(0, "dead", timeout_s=0.05)
     until = time.monotonic() + 5
     while flag.words[0].item() == 0 and time.monotonic() < until:
         time.sleep(0.01)
-    assert flag.words[0].item() == FULL
+    assert flag.words.tolist() == [FULL, 0]
     assert flag.expired == 1
     assert plain.words[0].item() == 0
 
@@ -541,6 +555,18 @@ def test_the_watchdog_obeys_a_deadline_that_was_moved():
         flag.pause(0, "lane", timeout_s=0.5)
     assert flag.words[0].item() == 0
     assert flag.expired == 0
+
+
+def test_a_watchdog_sleeps_while_nothing_is_paused():
+    """One that looks again at once takes the interpreter from the lanes."""
+    looks = []
+    flag = PriorityFlag(gate="stream", clock=lambda: looks.append(1) or 0.0)
+    time.sleep(0.1)
+    assert len(looks) <= 2
+    flag.pause(0)
+    flag.resume(0)
+    time.sleep(0.1)
+    assert len(looks) <= 8
 
 
 def test_the_watchdog_goes_with_its_flag(monkeypatch):
@@ -597,10 +623,10 @@ class Words:
 def words_on_a_gpu(monkeypatch):
     """The words of a CUDA flag with a driver and streams that only take notes."""
 
-    def make(driver, writer=None, gate="host"):
+    def make(driver, writer=None, gate="host", words=None):
         monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=SimpleNamespace(driver=driver)))
         monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-        return _CudaWords(Words(), writer, gate)
+        return _CudaWords(Words() if words is None else words, writer, gate)
 
     stream = lambda number: SimpleNamespace(  # noqa: E731
         cuda_stream=number, wait_stream=lambda other: None, synchronize=lambda: None
@@ -611,7 +637,7 @@ def words_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: stream(handle))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream(77))
     monkeypatch.setattr("qllm_ops.flag.SPARE_STREAMS", {})
-    monkeypatch.setattr(_CudaWords, "_pinned", lambda self, value: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     return make
 
 
@@ -619,12 +645,20 @@ def test_words_are_written_on_the_flags_stream_and_streams_held_by_the_driver(wo
     driver = Driver()
     words = words_on_a_gpu(driver, gate="stream")
     assert words.kind == "stream"
-    assert driver.calls[0] == ("cuDevicePrimaryCtxRetain", 3)
-    driver.calls.clear()
-    words(1, 0)
-    words.hold(1)
     # Any thread may write, also one that has never used the device.
     around = (("cuCtxPushCurrent", "context"), ("cuCtxPopCurrent",))
+    # Tried on the first word, which is FULL already and so holds nobody.
+    assert driver.calls == [
+        ("cuDevicePrimaryCtxRetain", 3),
+        around[0], ("cuStreamCreateWithPriority", 1, -5), around[1],
+        around[0], ("cuStreamWriteValue32", "stream 101", 4096, FULL, 0), around[1],
+        around[0], ("cuStreamWaitValue32", "stream 101", 4096, 1, 0), around[1],
+    ]  # fmt: skip
+    driver.calls.clear()
+    flag = PriorityFlag(gate="stream")
+    flag._write_word = words
+    flag.pause(1)
+    flag.hold(1)
     assert driver.calls == [
         around[0], ("cuStreamWriteValue32", "stream 101", 4100, 0, 0), around[1],
         around[0], ("cuStreamWaitValue32", "stream 77", 4100, 1, 0), around[1],
@@ -688,8 +722,11 @@ def test_pinned_words_lie_on_the_cpu_whatever_the_default_device(monkeypatch):
 def test_a_driver_that_refuses_is_an_error_only_for_who_asked_for_it(words_on_a_gpu):
     assert words_on_a_gpu(Driver("cuStreamWriteValue32")).kind == "copy"
     assert words_on_a_gpu(Driver(), writer="copy").kind == "copy"
+    with pytest.raises(ValueError, match=r'writer must be "stream", "copy" or None, got .fill.'):
+        words_on_a_gpu(Driver(), writer="fill")
     with pytest.raises(ValueError, match='writer="stream" does not work here'):
         words_on_a_gpu(Driver("cuStreamWriteValue32"), writer="stream")
+    assert words_on_a_gpu(Driver("cuStreamWaitValue32"), writer="stream").kind == "stream"
     with pytest.raises(ValueError, match='gate="stream" does not work here'):
         words_on_a_gpu(Driver("cuStreamWaitValue32"), gate="stream")
     words = words_on_a_gpu(Driver())
@@ -697,6 +734,51 @@ def test_a_driver_that_refuses_is_an_error_only_for_who_asked_for_it(words_on_a_
     with pytest.raises(RuntimeError, match="refuses: 801"):
         words(0, 0)
     assert words.driver.calls[-1] == ("cuCtxPopCurrent",)
+
+
+def test_a_copied_word_goes_on_the_flags_stream_from_memory_that_is_pinned_before(
+    words_on_a_gpu, monkeypatch
+):
+    """Pinning for every pause could wait for the device, and a source of another dtype needs a kernel."""
+    streams = []
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream.cuda_stream)
+        yield
+        streams.append(None)
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    memory = torch.full((3,), FULL, dtype=torch.int32)
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda *args, **how: streams.append(how) or copy_(*args, **how)
+    )
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    words = words_on_a_gpu(Driver(), writer="copy", words=memory)
+    pinned = dict(words.pinned)
+    assert {value: (word.dtype, word.tolist()) for value, word in pinned.items()} == {
+        0: (torch.int32, [0]),
+        FULL: (torch.int32, [FULL]),
+    }
+    words(1, 0)
+    assert memory.tolist() == [FULL, 0, FULL]
+    words(2, 0)
+    words(1, FULL)
+    words(0, 7)
+    assert memory.tolist() == [7, FULL, 0]
+    assert streams == [101, {"non_blocking": True}, None] * 4
+    assert all(words.pinned[value] is word for value, word in pinned.items())
+
+
+def test_a_launch_behind_a_fence_sees_the_words_written_so_far(words_on_a_gpu, monkeypatch):
+    PriorityFlag().fence()  # on a CPU a word that is written is seen
+    flag, waits = PriorityFlag(), []
+    flag._write_word = words_on_a_gpu(Driver())
+    current = SimpleNamespace(wait_stream=lambda other: waits.append(other))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    flag.fence()
+    assert waits == [flag._write_word.stream]
 
 
 @pytest.mark.gpu

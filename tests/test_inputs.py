@@ -1,5 +1,7 @@
 """What the operator refuses, and that the message says which argument, what came and what was wanted."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from qllm_ops.inputs import INDEX_DTYPES, check_inputs
 from qllm_ops.testing import MoeCase
 
 T, H, I, E, K = 5, 8, 6, 4, 2  # noqa: E741
+BACKENDS = ["torch"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def tensors(**changes):
@@ -121,10 +124,11 @@ def test_any_floating_weights(dtype):
     assert torch.allclose(output, qllm_ops.moe_reference(**given), atol=1e-5)
 
 
-def test_small_tensors_need_not_be_contiguous():
-    given = tensors()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_tensors_need_not_be_contiguous(backend):
+    given = {**MoeCase(T, H, I, E, K, biases=True).tensors(), "backend": backend}
     expected = qllm_ops.moe(**given)
-    for name in ("hidden_states", "top_k_index", "top_k_weights"):
+    for name in ("hidden_states", "top_k_index", "top_k_weights", "gate_up_bias", "down_bias"):
         strided = given[name].t().contiguous().t()
         assert not strided.is_contiguous()
         output = qllm_ops.moe(**{**given, name: strided})

@@ -315,7 +315,7 @@ CALLS = {
     "torch.mean": lambda x: torch.mean(x, dim=(1,), dtype=torch.float64),
     "sum": lambda x: x.sum(-1),
     "torch.sum": lambda x: torch.sum(x, 1, True),
-    "in place": lambda x: F.silu(x.clone(), inplace=True),
+    "in place": lambda x: (y := x.clone(), F.silu(y, inplace=True))[0],
     "x.sigmoid": lambda x: x.sigmoid(),
     **CURVES,
 }
@@ -345,11 +345,18 @@ def test_leading_dimensions():
     torch.testing.assert_close(got, F.linear(x, WEIGHT, BIAS))
 
 
+def into(out: torch.Tensor, function, *args) -> torch.Tensor:
+    function(*args, out=out)
+    return out
+
+
 @pytest.mark.parametrize(
     "call",
     [
         lambda x: x[:3, None] @ x[:3, :, None],  # a product of two batches
-        lambda x: torch.mm(x, WEIGHT.T, out=torch.empty(300, 36)),
+        lambda x: into(torch.empty(300, 36), torch.mm, x, WEIGHT.T),
+        lambda x: into(torch.empty(300, 48), torch.sigmoid, x),
+        lambda x: into(torch.empty(300), torch.mean, x, -1),
         lambda x: torch.addmm(BIAS, x, WEIGHT.T, beta=0.5),
         lambda x: x.sum(0),
         lambda x: x.mean(),

@@ -1,5 +1,7 @@
 """The KV budget against a model anyone can check: a list that says who owns each slot."""
 
+import itertools
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -8,7 +10,7 @@ from qllm_ops.scheduler.kv import KVBudget
 
 
 class KVMachine(RuleBasedStateMachine):
-    @initialize(tokens=st.integers(1, 60), data=st.data())
+    @initialize(tokens=st.integers(1, 12) | st.integers(1, 60), data=st.data())
     def create(self, tokens, data):
         self.kv = KVBudget(tokens, data.draw(st.integers(0, tokens - 1), label="reserve"))
         self.owner: list[int | None] = [None] * tokens
@@ -19,7 +21,7 @@ class KVMachine(RuleBasedStateMachine):
         low = self.kv.tokens - self.kv.reserve if reserve_only else 0
         return range(low, self.kv.tokens if urgent else self.kv.tokens - self.kv.reserve)
 
-    @rule(length=st.integers(1, 40), urgent=st.booleans(), reserve_only=st.booleans())
+    @rule(length=st.integers(1, 4) | st.integers(1, 40), urgent=st.booleans(), reserve_only=st.booleans())
     def take(self, length, urgent, reserve_only):
         reserve_only = reserve_only and urgent
         room = self.room(urgent, reserve_only)
@@ -100,6 +102,7 @@ def test_bad_sizes_are_named(tokens, reserve, named):
 
 
 def test_the_two_kinds_fill_from_their_own_ends():
+    assert KVBudget(100).reserve == 0
     kv = KVBudget(100, reserve=20)
     assert [kv.take(10, urgent=False), kv.take(10, urgent=False)] == [0, 10]
     assert [kv.take(10, urgent=True), kv.take(30, urgent=True)] == [90, 60]
@@ -120,3 +123,24 @@ def test_best_effort_never_gets_the_reserve_and_urgent_can_be_held_to_it():
     kv.give_back(80, 20)
     assert kv.take(21, urgent=True, reserve_only=True) is None
     assert kv.take(5, urgent=True, reserve_only=True) == 95
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_every_pattern_of_holes_in_a_small_pool(backwards):
+    """Each kind takes the outermost room on its side that is long enough, and only that."""
+    slots = range(6)
+    for free, length, urgent in itertools.product(
+        itertools.product((False, True), repeat=len(slots)), (1, 2, 3), (False, True)
+    ):
+        kv = KVBudget(len(slots))
+        assert [kv.take(1, urgent=False) for _ in slots] == [*slots]
+        for slot in reversed(slots) if backwards else slots:
+            if free[slot]:
+                kv.give_back(slot, 1)
+        fits = [start for start in slots[: len(slots) - length + 1] if all(free[start : start + length])]
+        start = kv.take(length, urgent)
+        assert start == ((fits[-1] if urgent else fits[0]) if fits else None)
+        taken = [] if start is None else range(start, start + length)
+        left = [slot for slot in slots if free[slot] and slot not in taken]
+        assert [kv.take(1, urgent=False) for _ in left] == left
+        assert kv.free_tokens == 0

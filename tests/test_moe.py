@@ -153,6 +153,22 @@ def test_inputs_are_not_changed(case):
             assert torch.equal(given[name], value)
 
 
+@pytest.mark.parametrize("fp8_activations", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_does_not_matter(backend, fp8_activations):
+    """Models are made and sometimes run under another one."""
+    formats = {"dtype": torch.bfloat16, "quantized": "fp8", "fp8_activations": True}
+    given = MoeCase(9, 16, 12, 4, 2, routing="out_of_range", **(formats if fp8_activations else {})).tensors()
+    expected = moe(**given, backend=backend), moe_reference(**given)
+    torch.set_default_dtype(torch.float16)
+    try:
+        got = moe(**given, backend=backend), moe_reference(**given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(got, expected, strict=True):
+        assert_same_bits(one, other)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend):
     given = MoeCase(0, 16, 12, 4, 2, dtype=torch.bfloat16).tensors()

@@ -447,6 +447,13 @@ def test_groups_that_are_refused_by_name():
         QuantizedWeight.from_compressed_tensors(packed.byte(), torch.ones(2, 3, 4))
     with pytest.raises(ValueError, match=r"blocks must be .*16.*got \(2, 3, 8\)"):
         QuantizedWeight.from_mxfp4(packed, packed)
+    with pytest.raises(ValueError, match=r"blocks must be .*16.*got NoneType"):
+        QuantizedWeight.from_mxfp4(None, packed)
+    for name, tensors in (("weight_packed", (None, packed)), ("weight_scale", (packed, 1.0))):
+        with pytest.raises(ValueError, match=rf"{name} must be .* got (NoneType|float)"):
+            QuantizedWeight.from_compressed_tensors(*tensors)
+    with pytest.raises(TypeError, match=r"values must be .* got NoneType"):
+        QuantizedWeight.from_fp8(None, packed)
 
 
 def arguments(**changes):

@@ -53,6 +53,14 @@ def test_a_draw_depends_on_seed_and_step_only():
     assert len({draw(0, step) for step in range(20)}) > 15
 
 
+def test_logits_of_16_bits_are_sampled_from_in_float32():
+    """Probabilities rounded to 16 bits would give another token now and then."""
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for seed in range(1000):
+        asked = request(temperature=1.0, top_p=0.9, seed=seed)
+        assert sample(asked, logits) == sample(asked, logits.float())
+
+
 @pytest.mark.parametrize(
     "bad", [[float("nan"), 1.0], [1.0, float("nan")], [float("-inf")] * 2, [float("inf"), 0.0]]
 )

@@ -1,6 +1,7 @@
 """The files of a checkpoint: cut off, damaged, missing or twice there is found without reading weights."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qllm_ops.models import CheckpointError, check_safetensors, make_preset
-from qllm_ops.models.shards import stored_tensors
+from qllm_ops.models.shards import BITS, TORCH, stored_tensors
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,28 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         stored_tensors(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "missing"),
+    [
+        (["a.experts.0.up", "a.experts.0.down", "a.experts.1.up"], "a.experts.1.down"),
+        (["a.experts.0.up", "a.experts.2.up"], "a.experts.1.up"),
+        (["a.experts.0.up", "b.experts.1.up"], "b.experts.0.up"),
+        (["a.experts.0.up", "a.experts.1.up", "b.experts.0.down"], None),
+        (["a.experts.up", "a.shared_experts.3.up.scale", "a.1.up"], None),
+    ],
+)
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_what_one_expert_of_a_layer_has_they_all_have(tensors, missing, cut, tmp_path):
+    """In whichever shard."""
+    save(tmp_path, {"a.safetensors": tensors[:cut], "b.safetensors": tensors[cut:]})
+    if missing is None:
+        assert stored_tensors(tmp_path).keys() == set(tensors)
+        return
+    for look in (check_safetensors, stored_tensors):
+        with pytest.raises(CheckpointError, match=rf"no tensor {re.escape(missing)} in any file"):
+            look(tmp_path)
+
+
 def test_neither_one_file_nor_an_index(tmp_path):
     save(tmp_path, {"a.safetensors": ["w"]}, index=False)
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index"):
@@ -187,3 +210,19 @@ def test_a_dtype_that_no_model_in_memory_has(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(2))
     with pytest.raises(CheckpointError, match=r"tensor w has dtype F4, wanted one of F64"):
         _ = stored_tensors(tmp_path)["w"].dtype
+
+
+@pytest.mark.parametrize("code", BITS)
+def test_a_dtype_has_the_bits_that_its_name_says(code, tmp_path):
+    bits = 8 if code == "BOOL" else int(re.search(r"\d+", code)[0])
+    assert code not in TORCH or TORCH[code].itemsize == bits // 8
+    for more in (0, -1, 1):
+        header = {"w": {"dtype": code, "shape": [2, 4], "data_offsets": [0, bits + more]}}
+        raw = json.dumps(header).encode()
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(bits + more))
+        if not more:
+            assert stored_tensors(tmp_path)["w"].shape == (2, 4)
+            continue
+        with pytest.raises(CheckpointError, match=rf"tensor w has bytes 0 to {bits + more}, wanted {bits} "):
+            check_safetensors(file)

@@ -253,9 +253,11 @@ def test_layouts_agree():
         (60, 4, 1, 32),
         (90, 4, 2, 32),
         (300, 3, 1, 32),
+        (4, 8, 8, 200),  # one token's pairs are more than a small tile of the combine
     ):
-        for odd in (0, 1):  # rows of 32 numbers start at multiples of 16 bytes, rows of 31 do not
-            case = MoeCase(tokens, size - odd, size - odd, experts, top_k)
+        # Rows of 32 numbers start at multiples of 16 bytes, rows of 31 do not. Skipped rows may come first.
+        for odd, routing in itertools.product((0, 1), ("distinct", "out_of_range")):
+            case = MoeCase(tokens, size - odd, size - odd, experts, top_k, routing=routing)
             assert_close(alone(case), case)
 
 
@@ -282,6 +284,9 @@ def test_groups_cover_every_row_once_and_are_bounded(counts, hidden, intermediat
     for group in groups:
         assert group[-1][2] - group[0][1] <= most
         assert len(group) == 1 or 12 * hidden * intermediate * len(group) <= torch_moe.GROUP_BYTES
+    for group, (first, *_) in itertools.pairwise(groups):  # nothing is a group of its own for no reason
+        too_many = 12 * hidden * intermediate * (len(group) + 1) > torch_moe.GROUP_BYTES
+        assert too_many or first[2] - group[0][1] > most
 
 
 def test_rows_of_a_tile_keep_within_its_work(tiles):
@@ -293,3 +298,5 @@ def test_rows_of_a_tile_keep_within_its_work(tiles):
         work = 4 * hidden * intermediate  # of one row in the larger of its two tiles
         assert rows == torch_moe.MIN_ROWS or rows * work <= torch_moe.TILE_FLOPS
         assert rows == torch_moe.MAX_ROWS or (rows + 1) * work > torch_moe.TILE_FLOPS
+    # A small layer is not cut at all: a tile for each of the products, and one for the sums.
+    assert MoeRun(**MoeCase(40, 16, 12, 4, 2).tensors()).tiles_total == 3

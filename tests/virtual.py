@@ -236,6 +236,8 @@ class VirtualEngine:
         assert len(set(rows)) == len(rows), "a request twice in one batch"
         assert busy.isdisjoint(rows), "a request in two batches"
         assert len(rows) <= self.limits.max_batch
+        assert len(rows) == 1 or not any(r.alone for r in rows), "what failed together runs with others"
+        assert not self.history or batch.id > self.history[-1].id
         assert all(self.fates[r.id].ends == 0 for r in rows), "an ended request runs"
         if batch.kind == "prefill":
             assert sum(len(row.tokens) for row in batch.rows) <= self.limits.prefill_tokens
