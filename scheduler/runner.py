@@ -181,18 +181,27 @@ class Runner:
         """Logits of each row's last token, (rows, vocabulary), on the CPU."""
         position = [p for s in rows.segments for p in range(s.past, s.total)]
         last = [s.query + s.length - 1 for s in rows.segments]
-        with ragged(rows), self._invariance():
-            out = self.model(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([position], device=self.device),
-                **{self._cache: RaggedCache(self.pool, rows)},
-                use_cache=True,
-                logits_to_keep=torch.tensor(last, device=self.device),
-            )
-        logits = out.logits[0]
-        if len(logits) != len(last):  # not every model knows logits_to_keep
-            logits = logits[last]
-        return logits.cpu()
+        try:
+            with ragged(rows), self._invariance():
+                out = self.model(
+                    input_ids=torch.tensor([ids], device=self.device),
+                    position_ids=torch.tensor([position], device=self.device),
+                    **{self._cache: RaggedCache(self.pool, rows)},
+                    use_cache=True,
+                    logits_to_keep=torch.tensor(last, device=self.device),
+                )
+            logits = out.logits[0]
+            if len(logits) != len(last):  # not every model knows logits_to_keep
+                logits = logits[last]
+            return logits.cpu()
+        except BaseException:
+            self._settle()
+            raise
+
+    def _settle(self) -> None:
+        """Wait for what a failed pass has enqueued: it may still write keys where the next request is."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _invariance(self) -> contextlib.AbstractContextManager:
         return invariant.batch_invariant() if self.batch_invariant else contextlib.nullcontext()
