@@ -248,7 +248,11 @@ class MoeRun:
             raise RuntimeError("a step of this run failed; it has no output") from self._error
         if not self.done:
             raise RuntimeError(f"the run is not done: {self.tiles_done} of {self.tiles_total} tiles")
-        return self._layer.output
+        output = self._layer.output
+        if output.is_cuda:
+            # It may have been made on another stream, which must not have its memory before this one is done.
+            output.record_stream(torch.cuda.current_stream(output.device))
+        return output
 
 
 def warm_up(

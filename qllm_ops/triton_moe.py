@@ -103,7 +103,7 @@ class TritonMoe:
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
         self._own_activation = not isinstance(inputs.activation, Activation)
         self._width = width or self._columns_at_once()
-        self._phases = self._cut_into_phases()
+        self._phases = cut_into_phases(inputs.hidden_size, inputs.intermediate_size, self._width)
         self._stages = self._cut_into_stages()
         self._applied: set[str] = set()
         self._flag, self._priority = flag, priority
@@ -234,16 +234,6 @@ class TritonMoe:
         # weights that were widened are rounded already: one rounding more would take the error past 4e-3.
         rounded = x.product_format not in (None, W8A8) and x.hidden_states.dtype == torch.bfloat16
         return torch.float32 if rounded or x.expert_norm is not None else x.hidden_states.dtype
-
-    def _cut_into_phases(self) -> list[Phase]:
-        x = self.inputs
-        phases = [Phase(0, "gate_up", 0, x.intermediate_size)]
-        for begin in range(0, x.hidden_size, self._width):
-            size = min(self._width, x.hidden_size - begin)
-            phases += [
-                Phase(len(phases) + i, kernel, begin, size) for i, kernel in enumerate(("down", "combine"))
-            ]
-        return phases
 
     def _cut_into_stages(self) -> list[tuple[list[Phase], Callable[[], None] | None]]:
         """Phases that are launched together, and what is done by torch when they are finished."""
@@ -564,6 +554,17 @@ def tiles_for(
         weights=weights,
     )
     return fit_device(configs, dtype, device, weights)
+
+
+@functools.lru_cache(4096)
+def cut_into_phases(hidden_size: int, intermediate_size: int, width: int) -> tuple[Phase, ...]:
+    phases = [Phase(0, "gate_up", 0, intermediate_size)]
+    for begin in range(0, hidden_size, width):
+        size = min(width, hidden_size - begin)
+        phases += [
+            Phase(len(phases) + i, kernel, begin, size) for i, kernel in enumerate(("down", "combine"))
+        ]
+    return tuple(phases)
 
 
 @functools.cache

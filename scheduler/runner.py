@@ -177,8 +177,6 @@ class Runner:
         ragged_rows = self._ragged(segments, self._attention_gate if granularity == "tile" else None)
         with preemptible(self.flag if granularity else None, BE, granularity) as preemption:
             logits = self._forward([t for row in rows for t in row.tokens], ragged_rows)
-            if self.device.type == "cuda":  # what the pass took, and a failure in it, belong to it
-                torch.cuda.current_stream(self.device).synchronize()
         self.log.count_waste(preemption.wasted_tiles)
         ending = [i for i, row in enumerate(rows) if row.samples]
         requests = [rows[i].request for i in ending]
@@ -194,18 +192,27 @@ class Runner:
         """Logits of each row's last token, (rows, vocabulary)."""
         position = [p for s in rows.segments for p in range(s.past, s.total)]
         last = [s.query + s.length - 1 for s in rows.segments]
-        with ragged(rows), self._invariance():
-            out = self.model(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=torch.tensor([position], device=self.device),
-                **{self._cache: RaggedCache(self.pool, rows)},
-                use_cache=True,
-                logits_to_keep=torch.tensor(last, device=self.device),
-            )
+        try:
+            with ragged(rows), self._invariance():
+                out = self.model(
+                    input_ids=torch.tensor([ids], device=self.device),
+                    position_ids=torch.tensor([position], device=self.device),
+                    **{self._cache: RaggedCache(self.pool, rows)},
+                    use_cache=True,
+                    logits_to_keep=torch.tensor(last, device=self.device),
+                )
+        finally:
+            self._settle()
         logits = out.logits[0]
         if len(logits) != len(last):  # not every model knows logits_to_keep
             logits = logits[last]
         return logits
+
+    def _settle(self) -> None:
+        """Wait for what a pass has enqueued: its time and its failures are its own, and one that failed may
+        still write keys where the next request will be."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _invariance(self) -> contextlib.AbstractContextManager:
         return invariant.batch_invariant() if self.batch_invariant else contextlib.nullcontext()

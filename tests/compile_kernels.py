@@ -95,6 +95,7 @@ ARGUMENTS |= dict.fromkeys(
 )  # a multiple of a word, and often no larger one
 ALIGNED = {*SIZES, *(name for name in ARGUMENTS if name.endswith("_ptr"))}
 ALIGNED.remove("flag_ptr")  # the word of any class
+ALIGNED -= {"experts_ptr", "index_ptr", "weights_ptr", "scale_ptr"}  # maybe of a slice of a larger batch
 
 
 def compile_kernel(request: dict, directory: Path) -> dict:

@@ -566,6 +566,37 @@ def test_a_request_that_breaks_a_pass_fails_alone(model, policy):
     assert results == [generated(model, prompt(n), 4) for n in (10, 20, 30)]
 
 
+def test_a_pass_that_fails_is_waited_for_before_its_memory_is_given_away(model, monkeypatch):
+    """On a GPU what it has enqueued still writes keys, where another lane may have a request by then."""
+    with Engine(model, limits=LIMITS) as engine:
+        seen, complete_failure = [], engine.scheduler.fail
+
+        def broken(module, args, kwargs):
+            raise MemoryError("no room")
+
+        def fail(*args):
+            seen.append("given away")
+            complete_failure(*args)
+
+        monkeypatch.setattr(Runner, "_settle", lambda runner: seen.append("waited"))
+        monkeypatch.setattr(engine.scheduler, "fail", fail)
+        hook = model.register_forward_pre_hook(broken, with_kwargs=True)
+        try:
+            with pytest.raises(RequestError, match="no room"):
+                engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S)
+        finally:
+            hook.remove()
+    assert seen[:2] == ["waited", "given away"]
+
+
+def test_settling_waits_for_the_lanes_own_stream(monkeypatch):
+    stream, waited = SimpleNamespace(synchronize=lambda: waited.append("stream")), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for device in ("cpu", "cuda"):
+        Runner._settle(SimpleNamespace(device=torch.device(device)))
+    assert waited == ["stream"]
+
+
 def test_logits_that_are_not_numbers_fail_their_row_only(model):
     with Engine(model, limits=LIMITS) as engine:
         forward = engine.runner._forward

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,16 @@ def test_the_default_dtype_does_not_matter(backend, fp8_activations):
         torch.set_default_dtype(torch.float32)
     for one, other in zip(got, expected, strict=True):
         assert_same_bits(one, other)
+
+
+def test_memory_of_an_output_waits_for_the_stream_that_asked_for_it(monkeypatch):
+    """A run may have been made on another one, whose the memory is."""
+    run, streams = MoeRun(**MoeCase(2, 8, 8, 2, 2).tensors(), backend="torch"), []
+    output = SimpleNamespace(is_cuda=True, device="cuda:3", record_stream=streams.append)
+    monkeypatch.setattr(run, "_layer", SimpleNamespace(output=output, tiles_done=1, tiles_total=1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    assert run.output is output
+    assert streams == ["current of cuda:3"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,7 @@
 """The Triton backend on a GPU: right numbers, the same bits however it is preempted, and no waiting."""
 
 import contextlib
+import gc
 import random
 import threading
 import time
@@ -325,6 +326,51 @@ def test_a_device_wide_wait_behind_a_dead_owner_ends_with_its_deadline(gated):
     assert torch.equal(run.output, uninterrupted(inputs))
 
 
+def ends(event, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not event.query() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return event.query()
+
+
+def held(flag, priority):
+    """An event behind a wait at the flag, on a stream of torch's with that priority."""
+    stream = torch.cuda.Stream(priority=priority)
+    with torch.cuda.stream(stream):
+        flag.hold(0)
+        return stream.record_event()
+
+
+def test_no_stream_that_is_held_keeps_the_flag_from_being_written(gated):
+    """torch has 32 streams of each priority, so some of these are the same ones again."""
+    least, most = torch.cuda.Stream.priority_range()
+    gated.pause(0)
+    try:
+        behind = [held(gated, priority) for priority in (least, most) for _ in range(40)]
+        time.sleep(0.05)
+        assert not any(event.query() for event in behind)
+        gated.resume(0)
+        assert all(ends(event) for event in behind)
+    finally:
+        gated.words.fill_(2**31 - 1)
+
+
+def test_streams_go_on_when_the_flag_that_holds_them_is_gone():
+    pytest.importorskip("cuda.bindings")
+    flag = PriorityFlag("cuda", gate="stream")
+    words = flag.words
+    flag.pause(0, timeout_s=None)
+    try:
+        behind = held(flag, 0)
+        time.sleep(0.05)
+        assert not behind.query()
+        del flag
+        gc.collect()
+        assert ends(behind)
+    finally:
+        words.fill_(2**31 - 1)
+
+
 def test_the_gate_in_a_cuda_graph(gated):
     inputs = layer(300, 512, 512, 8, 2)
     expected = uninterrupted(inputs)
@@ -442,11 +488,12 @@ def test_a_batch_invariant_engine(preset):
     assert served(model, prompts, 8, together=True, **options) == alone
 
 
-def test_warm_up_leaves_nothing_to_compile():
+@pytest.mark.parametrize("activation", ["silu", own_gate], ids=["fused", "function"])
+def test_warm_up_leaves_nothing_to_compile(activation):
     from qllm_ops.kernels import moe as kernels
 
     flag = PriorityFlag("cuda")
-    load_kernels(layer(1, 640, 320, 8, 2), flag)
+    load_kernels(layer(1, 640, 320, 8, 2, activation=activation), flag)
     names = ("route", "gate_up", "down", "combine")
 
     def compiled():
@@ -455,8 +502,12 @@ def test_warm_up_leaves_nothing_to_compile():
 
     before = compiled()
     for tokens in (1, 16, 17, 100, 500, 2000):
-        inputs = layer(tokens, 640, 320, 8, 2)
+        inputs = layer(tokens, 640, 320, 8, 2, activation=activation)
         uninterrupted(inputs)
         triton_moe(inputs, flag, 0).step(None)
         triton_moe(inputs, flag, 1).step(None)
+        # A slice of a larger batch, whose routing lies at an address that is no multiple of 16.
+        larger = layer(tokens + 1, 640, 320, 8, 2, activation=activation)
+        batch = ("hidden_states", "top_k_index", "top_k_weights")
+        uninterrupted(replace(larger, **{name: getattr(larger, name)[1:] for name in batch}))
     assert compiled() == before

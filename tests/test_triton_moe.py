@@ -5,6 +5,7 @@ atomic operation is flipped at a known place inside a launch: every such place c
 """
 
 import contextlib
+import copy
 import os
 import random
 import threading
@@ -21,12 +22,14 @@ from hypothesis import strategies as st
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; tests/test_triton_gpu.py is for GPUs", allow_module_level=True)
 
+from triton import language as tl
 from triton.runtime.interpreter import interpreter_builder
 
 from qllm_ops import FULL, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.kernels import moe as kernels
+from qllm_ops.kernels import quantized as quantized_kernels
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.testing import CLAMPED, LAYOUTS, QUANTIZED, MoeCase, in_float32, own_gate, own_norm, quantize
 from qllm_ops.tiles import INTERPRETER, TileConfig
@@ -760,6 +763,16 @@ def test_the_first_product_waits_for_an_activation_on_another_stream(monkeypatch
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: waited_for.append((x, stream)))
     run._activate()
     assert [(x is first, stream) for x, stream in waited_for] == [(True, "another stream")]
+
+
+@pytest.mark.parametrize("module", [kernels, quantized_kernels])
+def test_names_that_kernels_use_are_compared_quickly(module):
+    """Triton does so at every launch, 36 times a layer; two of tl.constexpr compare to a third, slowly."""
+    names = {name: value for name, value in vars(module).items() if isinstance(value, tl.constexpr)}
+    assert "INTERPRETED" in names
+    for name, value in names.items():
+        assert (value != copy.deepcopy(value)) is False, name
+        assert (value != type(value)(12345)) is True, name
 
 
 # -- a second thread ---------------------------------------------------------------------------------

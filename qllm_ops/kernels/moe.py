@@ -41,6 +41,7 @@ import triton.language as tl
 
 from qllm_ops.kernels.quantized import (
     INTERPRETED,
+    Constant,
     add_products_of_weights,
     dequantize,
     float8_products,
@@ -51,18 +52,18 @@ from qllm_ops.kernels.quantized import (
 )
 from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
 
-MAX_PHASES = tl.constexpr(_MAX_PHASES)
+MAX_PHASES = Constant(_MAX_PHASES)
 
 # Row blocks of one expert that run side by side share a block of weights through the L2 cache; beyond
 # this many, the activations of the group would in turn be read from memory once per block of weights.
-GROUP_M = tl.constexpr(16)
+GROUP_M = Constant(16)
 
-BUDGET = tl.constexpr(0)
-GIVEN_BACK = tl.constexpr(1)
-TICKETS = tl.constexpr(2)
-DONE = tl.constexpr(TICKETS + MAX_PHASES)
-TOTAL = tl.constexpr(DONE + MAX_PHASES)
-OFFSETS = tl.constexpr(TOTAL + MAX_PHASES)
+BUDGET = Constant(0)
+GIVEN_BACK = Constant(1)
+TICKETS = Constant(2)
+DONE = Constant(TICKETS + MAX_PHASES)
+TOTAL = Constant(DONE + MAX_PHASES)
+OFFSETS = Constant(TOTAL + MAX_PHASES)
 
 
 @triton.jit
