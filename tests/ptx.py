@@ -463,13 +463,15 @@ def divide(base: str, a, b):
 
 
 def permute_bytes(a, b, selector: int):
-    """Four bytes out of eight: those of a, then those of b, each chosen by four bits of the selector."""
+    """Four bytes out of eight: those of a, then those of b, each chosen by three bits of the selector, or
+    where a fourth bit is set, the byte's sign eight times."""
     result = np.zeros_like(a)
     for place in range(4):
         which = selector >> 4 * place & 15
-        assert which < 8, "a repeated sign: not implemented"
-        source = (a, b)[which // 4]
-        result |= (source >> np.uint32(8 * (which % 4)) & np.uint32(255)) << np.uint32(8 * place)
+        byte = (a, b)[which % 8 // 4] >> np.uint32(8 * (which % 4)) & np.uint32(255)
+        if which >= 8:
+            byte = byte // np.uint32(128) * np.uint32(255)
+        result |= byte << np.uint32(8 * place)
     return result
 
 

@@ -47,6 +47,7 @@ def test_the_emulator_moves_bits_as_the_manual_says():
         return int(threads.read("$0", "b32")[0])
 
     assert run("prmt.b32 $0, $1, $2, 0x7250;") == 0x77225500
+    assert run("{ .reg .b32 h; shl.b32 h, $1, 2; prmt.b32 $0, h, $2, 0xf2b3; }") == 0x0088FFCC  # signs
     assert run("lop3.b32 $0, $1, 0x0f0f0f0f, $2, 0xea;") == 0x33221100 & 0x0F0F0F0F | 0x77665544
     assert run("mul.lo.u32 $0, $1, 0x104;") == 0x33221100 * 0x104 % 2**32
     assert run("{ .reg .b32 h; shl.b32 h, $1, 4; shr.u32 $0, h, 8; }") == 0x322110
@@ -70,7 +71,7 @@ def dequantize_rows(
 ):  # fmt: skip
     n = tl.arange(0, N)
     value_ptrs, scale_ptrs = quantized_rows(
-        value_ptr, scale_ptr, tl.program_id(0), n, rows, row_bytes, scale_columns, FORMAT, GROUP_N, K
+        value_ptr, scale_ptr, tl.program_id(0), n, rows, row_bytes, scale_columns, GROUP_N
     )
     zero_ptrs = None
     if zero_ptr is not None:

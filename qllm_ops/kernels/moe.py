@@ -40,11 +40,13 @@ import triton
 import triton.language as tl
 
 from qllm_ops.kernels.quantized import (
+    CHUNK,
     INTERPRETED,
     add_products_of_weights,
     dequantize,
     float8_products,
     group_rows,
+    in_chunks,
     narrow,
     quantized_rows,
     weights_first,
@@ -185,7 +187,7 @@ def locate(
 
 @triton.jit
 def multiply(
-    a_ptrs,
+    a_ptrs,  # to the first column of every row
     b_ptrs,
     b_stride,  # from one k to the next
     b_inside,  # which columns of b exist, if MASKED
@@ -263,12 +265,19 @@ def add_products(
 ):
     ks = tl.arange(0, BLOCK_K)
     WEIGHTS_FIRST: tl.constexpr = len(sums.shape) == 3
+    if in_chunks(WEIGHTS_FIRST, BY_TWO):
+        # Rows of 64 bytes in shared memory: of whole rows, threads would read from the same banks.
+        a_columns = CHUNK * tl.arange(0, BLOCK_K // CHUNK)[:, None, None] + tl.arange(0, CHUNK)[None, None, :]
+        a_ptrs = a_ptrs[None, :, None] + a_columns
+    else:
+        a_columns = ks[None, :]
+        a_ptrs = a_ptrs[:, None] + a_columns
     for k in tl.range(begin, upto, BLOCK_K, num_stages=STAGES):
         inside = k + ks < stop
         if EVEN:
             a = tl.load(a_ptrs + k)
         else:
-            a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
+            a = tl.load(a_ptrs + k, mask=k + a_columns < stop, other=0.0)
         if FORMAT == "fp8_w8a8":
             sums += float8_products(a, b_ptrs, scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
         elif WEIGHTS_FIRST:
@@ -518,14 +527,14 @@ def gate_up(
         else:
             b_ptrs, scale_ptrs = quantized_rows(
                 weight_ptr, weight_scale_ptr, expert, weights, weight_rows, row_stride, scale_columns,
-                FORMAT, GROUP_N, BLOCK_K,
+                GROUP_N,
             )  # fmt: skip
         if weight_zero_ptr is None:
             zero_ptrs = None
         else:
             zero_ptrs = group_rows(weight_zero_ptr, expert, weights, weight_rows, zero_columns, 1)
         sums, whole = multiply(
-            hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
+            hidden_ptr + tokens * hidden_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
             BY_TWO, MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
@@ -641,7 +650,7 @@ def down(
         else:
             b_ptrs, scale_ptrs = quantized_rows(
                 weight_ptr, weight_scale_ptr, expert, chunk_begin + weights, hidden_size, row_stride,
-                scale_columns, FORMAT, GROUP_N, BLOCK_K,
+                scale_columns, GROUP_N,
             )  # fmt: skip
         if weight_zero_ptr is None:
             zero_ptrs = None
@@ -652,7 +661,7 @@ def down(
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums, whole = multiply(
-            intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
+            intermediate_ptr + source_rows * intermediate_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs,
             begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
             BY_TWO, MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
