@@ -38,7 +38,7 @@ def products(
     else:
         zero_ptrs = group_rows(zero_ptr, tl.program_id(0), n, N, zero_columns, 1)
     sums, _ = multiply(
-        a_ptr + m * columns, value_ptrs, 1, n < N, scale_ptrs, zero_ptrs, 0, columns,
+        a_ptr, m, columns, value_ptrs, 1, n < N, scale_ptrs, zero_ptrs, 0, columns,
         a_ptr, FORMAT, GROUP_K, True, False, EVEN, M, N, BLOCK_K, STAGES, 0, False,
     )  # fmt: skip
     tl.store(output_ptr + m[:, None] * N + n[None, :], sums)

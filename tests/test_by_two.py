@@ -196,6 +196,31 @@ def test_a_run_widens_so_on_nvidia_in_16_bits(monkeypatch, arch, dtype, scale, t
     assert TritonMoe._by_two(run, weight) == taken
 
 
+@pytest.mark.parametrize(
+    ("format", "columns", "first_byte", "taken"),
+    [
+        ("mxfp4", 40, 0, True), ("mxfp4", 36, 0, False), ("fp8", 36, 0, True), ("fp8", 38, 0, False),
+        ("mxfp4", 40, 4, True), ("mxfp4", 40, 2, False),
+    ],
+)  # fmt: skip
+def test_rows_are_widened_so_where_they_are_whole_words(monkeypatch, format, columns, first_byte, taken):
+    monkeypatch.setattr(triton_moe, "arch_of", lambda device: "sm_90")
+    row_bytes = columns if format == "fp8" else columns // 2
+    memory = torch.zeros(256, dtype=torch.uint8)
+    first_byte += -memory.data_ptr() % 16
+    values = memory[first_byte : first_byte + 2 * row_bytes].view(1, 2, row_bytes)
+    if format == "fp8":
+        values, scales, block = values.view(torch.float8_e4m3fn), torch.ones(1, 1, 1), (128, 128)
+    else:
+        scales, block = torch.full((1, 2, 2), 127, dtype=torch.uint8), (1, 32)
+    weight = QuantizedWeight(values, scales, format, block, columns)
+    run = SimpleNamespace(
+        device=torch.device("cpu"),
+        inputs=SimpleNamespace(hidden_states=torch.empty(0, dtype=torch.bfloat16)),
+    )
+    assert TritonMoe._by_two(run, weight) == taken
+
+
 QUANTIZERS = {
     "fp8": quantize_fp8, "fp8 of small blocks": lambda w: quantize_fp8(w, (16, 16)), "mxfp4": quantize_mxfp4,
     "int4 of 16": lambda w: quantize_int4(w, 16), "int4 of 128": lambda w: quantize_int4(w, 128),

@@ -110,28 +110,31 @@ def int4_shift(dtype):
 
 
 @triton.jit
-def move_bits(words, dtype: tl.constexpr, FORMAT: tl.constexpr):
-    """What is to be shifted (int4) and lifted to what the codes stand for: (rows, 4 or 8 for each word).
+def move_bits(codes, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """What is to be shifted (int4) and lifted to what the codes stand for: (rows, numbers).
 
-    The words are int32, each of codes in a row: bytes of a register need not be neighbours in a row.
+    Codes come in words of int32, or those of int4 in bytes: four of a thread's bytes then make a register,
+    whether they are neighbours in a row or not.
     """
     PTX: tl.constexpr = widening(FORMAT, dtype)
-    if FORMAT == "fp8":
-        CODES: tl.constexpr = 4
+    if codes.dtype == tl.uint8:
+        NUMBERS: tl.constexpr = 2 * codes.shape[1]
+        pairs = tl.inline_asm_elementwise(PTX, "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
+    elif FORMAT == "fp8":
+        NUMBERS: tl.constexpr = 4 * codes.shape[1]
         p, q = tl.inline_asm_elementwise(
-            PTX, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            PTX, "=r,=r,r", [codes], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
         pairs = tl.join(p, q)
     else:
-        CODES: tl.constexpr = 8
+        NUMBERS: tl.constexpr = 8 * codes.shape[1]
         p, q, r, s = tl.inline_asm_elementwise(
-            PTX, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            PTX, "=r,=r,=r,=r,r", [codes], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True, pack=1,
         )  # fmt: skip
         pairs = tl.join(tl.join(p, r), tl.join(q, s))
     halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-    bits = tl.reshape(halves, (words.shape[0], CODES * words.shape[1]))
-    return bits.to(dtype, bitcast=True)
+    return tl.reshape(halves, (codes.shape[0], NUMBERS)).to(dtype, bitcast=True)
 
 
 @triton.jit

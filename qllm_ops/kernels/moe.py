@@ -187,7 +187,9 @@ def locate(
 
 @triton.jit
 def multiply(
-    a_ptrs,  # to the first column of every row
+    a_ptr,
+    a_rows,  # the numbers of a's rows, at multiples of a_stride
+    a_stride,
     b_ptrs,
     b_stride,  # from one k to the next
     b_inside,  # which columns of b exist, if MASKED
@@ -213,15 +215,15 @@ def multiply(
     With EXIT_K, a multiple of BLOCK_K, this program leaves the sums halfway once it may no longer run.
     With a FORMAT, b_ptrs and scale_ptrs are those of `quantized_rows`.
     """
-    WEIGHTS_FIRST: tl.constexpr = weights_first(FORMAT, a_ptrs.dtype.element_ty, BLOCK_M, BLOCK_N)
+    WEIGHTS_FIRST: tl.constexpr = weights_first(FORMAT, a_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N // 16, 16, BLOCK_M), dtype=tl.float32)
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if EXIT_K == 0:
         sums = add_products(
-            sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, begin, stop, stop,
-            FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
+            sums, a_ptr, a_rows, a_stride, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs,
+            begin, stop, stop, FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
         )  # fmt: skip
         whole = True
     else:
@@ -230,8 +232,8 @@ def multiply(
         while stay:
             upto = tl.minimum(k + EXIT_K, stop)
             sums = add_products(
-                sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, k, upto, stop,
-                FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
+                sums, a_ptr, a_rows, a_stride, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs,
+                k, upto, stop, FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
             )  # fmt: skip
             k += EXIT_K
             stay = k < stop
@@ -246,7 +248,9 @@ def multiply(
 @triton.jit
 def add_products(
     sums,  # (BLOCK_M, BLOCK_N), or (BLOCK_N / 16, 16, BLOCK_M): weights first
-    a_ptrs,
+    a_ptr,
+    a_rows,
+    a_stride,
     b_ptrs,
     b_stride,
     b_inside,
@@ -265,13 +269,16 @@ def add_products(
 ):
     ks = tl.arange(0, BLOCK_K)
     WEIGHTS_FIRST: tl.constexpr = len(sums.shape) == 3
-    if in_chunks(WEIGHTS_FIRST, BY_TWO):
-        # Rows of 64 bytes in shared memory: of whole rows, threads would read from the same banks.
-        a_columns = CHUNK * tl.arange(0, BLOCK_K // CHUNK)[:, None, None] + tl.arange(0, CHUNK)[None, None, :]
-        a_ptrs = a_ptrs[None, :, None] + a_columns
+    if in_chunks(WEIGHTS_FIRST, BY_TWO, FORMAT, GROUP_K, zero_ptrs is not None):
+        # Shared memory then has the rows of a chunk side by side, for threads to read from different banks.
+        M: tl.constexpr = a_rows.shape[0]
+        CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+        a_rows = tl.reshape(tl.broadcast_to(a_rows[None, :], (CHUNKS, M)), (CHUNKS * M,))[:, None]
+        a_columns = (tl.arange(0, CHUNKS * M) // M * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
     else:
+        a_rows = a_rows[:, None]
         a_columns = ks[None, :]
-        a_ptrs = a_ptrs[:, None] + a_columns
+    a_ptrs = a_ptr + a_rows * a_stride + a_columns
     for k in tl.range(begin, upto, BLOCK_K, num_stages=STAGES):
         inside = k + ks < stop
         if EVEN:
@@ -534,7 +541,7 @@ def gate_up(
         else:
             zero_ptrs = group_rows(weight_zero_ptr, expert, weights, weight_rows, zero_columns, 1)
         sums, whole = multiply(
-            hidden_ptr + tokens * hidden_size,
+            hidden_ptr, tokens, hidden_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
             BY_TWO, MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
@@ -661,7 +668,7 @@ def down(
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums, whole = multiply(
-            intermediate_ptr + source_rows * intermediate_size,
+            intermediate_ptr, source_rows, intermediate_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs,
             begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
             BY_TWO, MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,

@@ -57,9 +57,10 @@ def dequantize(
     BLOCK_K: tl.constexpr,
 ):
     """Columns k to k + BLOCK_K of some rows of weights, in dtype. From ``stop`` on, any finite numbers."""
-    PACKED: tl.constexpr = (1 if FORMAT == "fp8" else 2) * (4 if BY_TWO else 1)
+    WORDS: tl.constexpr = BY_TWO and in_words(FORMAT, GROUP_K, zero_ptrs is not None)
+    PACKED: tl.constexpr = (1 if FORMAT == "fp8" else 2) * (4 if WORDS else 1)
     places = tl.arange(0, BLOCK_K // PACKED)
-    if BY_TWO:
+    if WORDS:
         value_ptrs = value_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)
     value_ptrs = value_ptrs[:, None] + places[None, :]
     if EVEN:
@@ -254,15 +255,26 @@ CHUNK = tl.constexpr(32)
 
 
 @triton.constexpr_function
-def in_chunks(weights_first, by_two):
+def in_words(FORMAT, GROUP_K, has_zeros):
+    """Whether codes are widened by words, and not by bytes.
+
+    All are but those that Triton sends through shared memory again, where bytes meet fewer conflicts: those
+    where half of the threads want another half of a word of scales (groups of 16), or each turn of the loop
+    another byte of a word of zero points (groups of 64 and more).
+    """
+    return FORMAT != "int4" or (GROUP_K >= 32 and not (has_zeros and GROUP_K > 32))
+
+
+@triton.constexpr_function
+def in_chunks(weights_first, by_two, FORMAT, GROUP_K, has_zeros):
     """Whether activations come in chunks, to be multiplied in the order that registers have them in."""
-    return weights_first and by_two and not INTERPRETED.value
+    return weights_first and by_two and in_words(FORMAT, GROUP_K, has_zeros) and not INTERPRETED.value
 
 
 @triton.jit
 def add_products_of_weights(
     sums,  # (R / 16, 16, M)
-    a,  # (M, BLOCK_K), or (BLOCK_K / CHUNK, M, CHUNK): `in_chunks`
+    a,  # (M, BLOCK_K), or (BLOCK_K / CHUNK * M, CHUNK): `in_chunks`
     value_ptrs,  # of R rows
     scale_ptrs,
     zero_ptrs,
@@ -284,7 +296,7 @@ def add_products_of_weights(
     )  # fmt: skip
     SIXTEENS: tl.constexpr = sums.shape[0]
     M: tl.constexpr = sums.shape[2]
-    if len(a.shape) == 3:
+    if in_chunks(True, BY_TWO, FORMAT, GROUP_K, zero_ptrs is not None):
         # The even pairs of a chunk's columns go first, then the odd ones. mma.sync takes one of each, in two
         # registers side by side; so a thread's 8 columns need not be moved there.
         CHUNKS: tl.constexpr = BLOCK_K // CHUNK
