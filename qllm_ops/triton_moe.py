@@ -451,11 +451,12 @@ class TritonMoe:
         }
 
     def _by_two(self, weight: QuantizedWeight) -> bool:
-        """Whether the weight is widened two numbers at a time; those of an odd length are not."""
+        """Whether the weight is widened two numbers at a time: it is read in words of 4 bytes then."""
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.inputs.hidden_states.dtype)
         on_nvidia = arch_of(self.device).startswith("sm_")
-        in_pairs = dtype is not None and weight.columns % 2 == 0
-        return on_nvidia and in_pairs and by_two(weight.format, dtype, weight.largest_scale)
+        in_words = weight.columns % (4 if weight.format == "fp8" else 8) == 0
+        in_words &= weight.values.data_ptr() % 4 == 0
+        return on_nvidia and in_words and by_two(weight.format, dtype, weight.largest_scale)
 
     def _pairing(self) -> str:
         if self._own_activation or not self.inputs.gated:

@@ -29,16 +29,16 @@ def products(
     FORMAT: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr, EVEN: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    m, n, ks = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    m, n = tl.arange(0, M), tl.arange(0, N)
     value_ptrs, scale_ptrs = quantized_rows(
-        value_ptr, scale_ptr, tl.program_id(0), n, N, row_bytes, scale_columns, FORMAT, GROUP_N, BLOCK_K
+        value_ptr, scale_ptr, tl.program_id(0), n, N, row_bytes, scale_columns, GROUP_N
     )
     if zero_ptr is None:
         zero_ptrs = None
     else:
         zero_ptrs = group_rows(zero_ptr, tl.program_id(0), n, N, zero_columns, 1)
     sums, _ = multiply(
-        a_ptr + m[:, None] * columns + ks[None, :], value_ptrs, 1, n < N, scale_ptrs, zero_ptrs, 0, columns,
+        a_ptr, m, columns, value_ptrs, 1, n < N, scale_ptrs, zero_ptrs, 0, columns,
         a_ptr, FORMAT, GROUP_K, True, False, EVEN, M, N, BLOCK_K, STAGES, 0, False,
     )  # fmt: skip
     tl.store(output_ptr + m[:, None] * N + n[None, :], sums)

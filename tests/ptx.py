@@ -134,6 +134,7 @@ class Threads:
         self.copies: list[tuple] = []  # asked for since the last group
         self.groups: deque[list[tuple]] = deque()
         self.executed: dict[str, int] = {}
+        self.conflicts = 0  # how often lanes of a load had to wait for others, who read from the same bank
         for name, value in (registers or {}).items():
             self.write(name, value)
 
@@ -327,6 +328,8 @@ class Threads:
         first = self.addresses(place, space == "shared") + (memory.address(0) if space == "shared" else 0)
         names = _names(names)
         assert np.all(first[active] % (size * len(names)) == 0), f"{place} is not aligned"
+        if base == "ld" and space == "shared" and active.all():
+            self.count_conflicts(first - memory.address(0), size * len(names))
         for i, name in enumerate(names):
             where = first[active] + i * size
             if base == "ld":
@@ -336,6 +339,15 @@ class Threads:
             else:
                 bits = np.ascontiguousarray(self.read(name, f"b{8 * size}")[active])
                 memory.store(where, bits[:, None].view(np.uint8))
+
+    def count_conflicts(self, addresses: np.ndarray, size: int) -> None:
+        """As many lanes at a time as read 128 bytes, one word of 4 bytes from each of 32 banks."""
+        words = addresses[:, None] // 4 + np.arange(max(size // 4, 1))
+        words = np.sort(words.reshape(-1, min(128 // size, 32) * words.shape[1]), axis=1)
+        first = np.diff(words, axis=1, prepend=-1) != 0  # All who want the same word get it at once.
+        banks = words % 32 + 32 * np.arange(len(words))[:, None]
+        in_bank = np.bincount(banks[first], minlength=32 * len(words)).reshape(-1, 32)
+        self.conflicts += int((in_bank.max(axis=1) - 1).sum())
 
     def change(self, base: str, modifiers: list[str], operands: list[str], active) -> None:
         """An atomic operation, one thread after the other."""
@@ -378,6 +390,8 @@ class Threads:
         """Matrices of 8 x 8 numbers; lanes 8 i to 8 i + 7 have the addresses of the i-th's rows. A lane gets
         two neighbours of a row, or of a column."""
         for i, name in enumerate(_names(targets)):
+            rows = self.addresses(place, True).reshape(-1, 32)[:, 8 * i : 8 * i + 8]
+            self.count_conflicts(rows.reshape(-1), 16)
             low, high = (
                 self.shared[at[:, None] + np.arange(2)].view(np.uint16)[:, 0]
                 for at in self.neighbours(place, i, transposed)
@@ -463,13 +477,15 @@ def divide(base: str, a, b):
 
 
 def permute_bytes(a, b, selector: int):
-    """Four bytes out of eight: those of a, then those of b, each chosen by four bits of the selector."""
+    """Four bytes out of eight: those of a, then those of b, each chosen by three bits of the selector, or
+    where a fourth bit is set, the byte's sign eight times."""
     result = np.zeros_like(a)
     for place in range(4):
         which = selector >> 4 * place & 15
-        assert which < 8, "a repeated sign: not implemented"
-        source = (a, b)[which // 4]
-        result |= (source >> np.uint32(8 * (which % 4)) & np.uint32(255)) << np.uint32(8 * place)
+        byte = (a, b)[which % 8 // 4] >> np.uint32(8 * (which % 4)) & np.uint32(255)
+        if which >= 8:
+            byte = byte // np.uint32(128) * np.uint32(255)
+        result |= byte << np.uint32(8 * place)
     return result
 
 

@@ -47,6 +47,7 @@ def test_the_emulator_moves_bits_as_the_manual_says():
         return int(threads.read("$0", "b32")[0])
 
     assert run("prmt.b32 $0, $1, $2, 0x7250;") == 0x77225500
+    assert run("{ .reg .b32 h; shl.b32 h, $1, 2; prmt.b32 $0, h, $2, 0xf2b3; }") == 0x0088FFCC  # signs
     assert run("lop3.b32 $0, $1, 0x0f0f0f0f, $2, 0xea;") == 0x33221100 & 0x0F0F0F0F | 0x77665544
     assert run("mul.lo.u32 $0, $1, 0x104;") == 0x33221100 * 0x104 % 2**32
     assert run("{ .reg .b32 h; shl.b32 h, $1, 4; shr.u32 $0, h, 8; }") == 0x322110
@@ -70,7 +71,7 @@ def dequantize_rows(
 ):  # fmt: skip
     n = tl.arange(0, N)
     value_ptrs, scale_ptrs = quantized_rows(
-        value_ptr, scale_ptr, tl.program_id(0), n, rows, row_bytes, scale_columns, FORMAT, GROUP_N, K
+        value_ptr, scale_ptr, tl.program_id(0), n, rows, row_bytes, scale_columns, GROUP_N
     )
     zero_ptrs = None
     if zero_ptr is not None:
@@ -191,6 +192,31 @@ def test_a_run_widens_so_on_nvidia_in_16_bits(monkeypatch, arch, dtype, scale, t
     weight = every_byte("mxfp4", torch.tensor([120, scale], dtype=torch.uint8))
     run = SimpleNamespace(
         device=torch.device("cpu"), inputs=SimpleNamespace(hidden_states=torch.empty(0, dtype=dtype))
+    )
+    assert TritonMoe._by_two(run, weight) == taken
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "first_byte", "taken"),
+    [
+        ("mxfp4", 40, 0, True), ("mxfp4", 36, 0, False), ("fp8", 36, 0, True), ("fp8", 38, 0, False),
+        ("mxfp4", 40, 4, True), ("mxfp4", 40, 2, False),
+    ],
+)  # fmt: skip
+def test_rows_are_widened_so_where_they_are_whole_words(monkeypatch, format, columns, first_byte, taken):
+    monkeypatch.setattr(triton_moe, "arch_of", lambda device: "sm_90")
+    row_bytes = columns if format == "fp8" else columns // 2
+    memory = torch.zeros(256, dtype=torch.uint8)
+    first_byte += -memory.data_ptr() % 16
+    values = memory[first_byte : first_byte + 2 * row_bytes].view(1, 2, row_bytes)
+    if format == "fp8":
+        values, scales, block = values.view(torch.float8_e4m3fn), torch.ones(1, 1, 1), (128, 128)
+    else:
+        scales, block = torch.full((1, 2, 2), 127, dtype=torch.uint8), (1, 32)
+    weight = QuantizedWeight(values, scales, format, block, columns)
+    run = SimpleNamespace(
+        device=torch.device("cpu"),
+        inputs=SimpleNamespace(hidden_states=torch.empty(0, dtype=torch.bfloat16)),
     )
     assert TritonMoe._by_two(run, weight) == taken
 

@@ -30,49 +30,51 @@ def by_two(format: str, dtype: str, largest_scale: float) -> bool:
     return (format, dtype) in LIFTS and largest_scale * 2.0 ** LIFTS[format, dtype] <= MOST[dtype]
 
 
+# Where a float that a byte begins with has to be in its half of a register: how far to the left of the half's
+# lower byte, and the bits of the half that are its own.
+PLACES = {
+    ("mxfp4", "bf16"): (2, 0x81C0),
+    ("mxfp4", "fp16"): (5, 0x8E00),
+    ("fp8", "bf16"): (4, 0x87F0),
+    ("fp8", "fp16"): (7, 0xBF80),
+}
+
+
 def _widening(format: str, dtype: str) -> str:
     inputs = 2 if format == "fp8" else 4  # the number of the first input is that of the outputs
-    lines = _float8(dtype) if format == "fp8" else _halves_of_bytes(format, dtype)
-    return "\n".join(["{", ".reg .b32 w, h, x, y;", f"mov.b32 w, ${inputs};", *lines, "}"])
+    lines = _int4(dtype) if format == "int4" else _floats(format, dtype)
+    return "\n".join(["{", ".reg .b32 w, h, x;", f"mov.b32 w, ${inputs};", *lines, "}"])
 
 
-def _float8(dtype: str) -> list[str]:
-    """Four bytes of sign, four bits of exponent and three of mantissa: both to where the dtype has them."""
-    shift, mask = (4, "0x07f007f0") if dtype == "bf16" else (1, "0x3f803f80")
-    lines = []
-    for pair, bytes in enumerate(("0x1404", "0x3424")):
+def _floats(format: str, dtype: str) -> list[str]:
+    """Four bytes of one or two floats. A half gets a byte that begins with one, and above it the byte's sign
+    eight times, so that one of these is at bit 15 however far the rest is shifted:
+
+        s s s s s s s s  s e e m . . . .     by 2 to the left:  s . . . . . . e  e m . . . . . .
+    """
+    shift, mask = PLACES[format, dtype]
+    lower = "w" if format == "fp8" else "h"
+    lines = [] if format == "fp8" else ["shl.b32 h, w, 4;"]  # lower codes to where the upper ones are
+    for pair in range(2 if format == "fp8" else 4):
+        first, second = (2 * pair, 2 * pair + 1) if format == "fp8" else (pair, 4 + pair)
+        bytes = 0x8080 + 0x11 * first + 0x1100 * second
         lines += [
-            f"prmt.b32 x, w, 0, {bytes};",  # to the upper bytes of the halves
-            f"shr.u32 y, x, {shift};",
-            f"and.b32 y, y, {mask};",
-            f"lop3.b32 ${pair}, x, 0x80008000, y, 0xea;",  # (x & sign) | y
+            f"prmt.b32 x, {lower}, w, {bytes:#06x};",
+            f"shl.b32 x, x, {shift};",
+            f"and.b32 ${pair}, x, {mask * 0x10001:#010x};",
         ]
     return lines
 
 
-def _halves_of_bytes(format: str, dtype: str) -> list[str]:
-    """Four bytes of two codes: every code to the lowest four bits of its half of a register, or the next."""
-    shift = "shr.u32 h, w, 4;" if format == "int4" else "shl.b32 h, w, 4;"
-    first, second = ("w", "h") if format == "int4" else ("h", "w")
-    lines = [shift]
+def _int4(dtype: str) -> list[str]:
+    """Four bytes of two codes: every code to the lowest four bits of its half of a register."""
+    offset = INT4_OFFSETS[dtype][1] * 0x10001
+    lines = ["shr.u32 h, w, 4;"]
     for pair in range(4):
-        lines.append(f"prmt.b32 x, {first}, {second}, {0x0400 + 0x0101 * pair:#06x};")
-        if format == "int4":
-            offset = INT4_OFFSETS[dtype][1] * 0x10001
-            lines.append(f"lop3.b32 ${pair}, x, 0x000f000f, {offset:#010x}, 0xea;")  # (x & 15) | offset
-        elif dtype == "bf16":
-            lines += [
-                "and.b32 x, x, 0x00f000f0;",
-                "mul.lo.u32 x, x, 0x104;",  # the sign 8 bits up, exponent and mantissa 2: no bit twice
-                f"and.b32 ${pair}, x, 0x81c081c0;",
-            ]
-        else:
-            lines += [
-                "shl.b32 y, x, 5;",
-                "and.b32 y, y, 0x0e000e00;",
-                "shl.b32 x, x, 8;",
-                f"lop3.b32 ${pair}, x, 0x80008000, y, 0xea;",
-            ]
+        lines += [
+            f"prmt.b32 x, w, h, {0x0400 + 0x0101 * pair:#06x};",
+            f"lop3.b32 ${pair}, x, 0x000f000f, {offset:#010x}, 0xea;",  # (x & 15) | offset
+        ]
     return lines
 
 
@@ -108,18 +110,31 @@ def int4_shift(dtype):
 
 
 @triton.jit
-def move_bits(values, dtype: tl.constexpr, FORMAT: tl.constexpr):
-    """What is to be shifted (int4) and lifted to what the codes stand for, a uint8 each or two in one."""
+def move_bits(codes, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """What is to be shifted (int4) and lifted to what the codes stand for: (rows, numbers).
+
+    Codes come in words of int32, or those of int4 in bytes: four of a thread's bytes then make a register,
+    whether they are neighbours in a row or not.
+    """
     PTX: tl.constexpr = widening(FORMAT, dtype)
-    if FORMAT == "fp8":
-        bits = tl.inline_asm_elementwise(PTX, "=r,=r,r", [values], dtype=tl.int16, is_pure=True, pack=4)
-    else:
-        pairs = tl.inline_asm_elementwise(
-            PTX, "=r,=r,=r,=r,r", [values], dtype=tl.int32, is_pure=True, pack=4
+    if codes.dtype == tl.uint8:
+        NUMBERS: tl.constexpr = 2 * codes.shape[1]
+        pairs = tl.inline_asm_elementwise(PTX, "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
+    elif FORMAT == "fp8":
+        NUMBERS: tl.constexpr = 4 * codes.shape[1]
+        p, q = tl.inline_asm_elementwise(
+            PTX, "=r,=r,r", [codes], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
-        bits = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-        bits = tl.reshape(bits, (values.shape[0], 2 * values.shape[1]))
-    return bits.to(dtype, bitcast=True)
+        pairs = tl.join(p, q)
+    else:
+        NUMBERS: tl.constexpr = 8 * codes.shape[1]
+        p, q, r, s = tl.inline_asm_elementwise(
+            PTX, "=r,=r,=r,=r,r", [codes], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        pairs = tl.join(tl.join(p, r), tl.join(q, s))
+    halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return tl.reshape(halves, (codes.shape[0], NUMBERS)).to(dtype, bitcast=True)
 
 
 @triton.jit

@@ -40,12 +40,14 @@ import triton
 import triton.language as tl
 
 from qllm_ops.kernels.quantized import (
+    CHUNK,
     INTERPRETED,
     Constant,
     add_products_of_weights,
     dequantize,
     float8_products,
     group_rows,
+    in_chunks,
     narrow,
     quantized_rows,
     weights_first,
@@ -186,7 +188,9 @@ def locate(
 
 @triton.jit
 def multiply(
-    a_ptrs,
+    a_ptr,
+    a_rows,  # the numbers of a's rows, at multiples of a_stride
+    a_stride,
     b_ptrs,
     b_stride,  # from one k to the next
     b_inside,  # which columns of b exist, if MASKED
@@ -212,15 +216,15 @@ def multiply(
     With EXIT_K, a multiple of BLOCK_K, this program leaves the sums halfway once it may no longer run.
     With a FORMAT, b_ptrs and scale_ptrs are those of `quantized_rows`.
     """
-    WEIGHTS_FIRST: tl.constexpr = weights_first(FORMAT, a_ptrs.dtype.element_ty, BLOCK_M, BLOCK_N)
+    WEIGHTS_FIRST: tl.constexpr = weights_first(FORMAT, a_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     if WEIGHTS_FIRST:
         sums = tl.zeros((BLOCK_N // 16, 16, BLOCK_M), dtype=tl.float32)
     else:
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if EXIT_K == 0:
         sums = add_products(
-            sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, begin, stop, stop,
-            FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
+            sums, a_ptr, a_rows, a_stride, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs,
+            begin, stop, stop, FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
         )  # fmt: skip
         whole = True
     else:
@@ -229,8 +233,8 @@ def multiply(
         while stay:
             upto = tl.minimum(k + EXIT_K, stop)
             sums = add_products(
-                sums, a_ptrs, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs, k, upto, stop,
-                FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
+                sums, a_ptr, a_rows, a_stride, b_ptrs, b_stride, b_inside, scale_ptrs, zero_ptrs,
+                k, upto, stop, FORMAT, GROUP_K, BY_TWO, MASKED, EVEN, BLOCK_K, STAGES,
             )  # fmt: skip
             k += EXIT_K
             stay = k < stop
@@ -245,7 +249,9 @@ def multiply(
 @triton.jit
 def add_products(
     sums,  # (BLOCK_M, BLOCK_N), or (BLOCK_N / 16, 16, BLOCK_M): weights first
-    a_ptrs,
+    a_ptr,
+    a_rows,
+    a_stride,
     b_ptrs,
     b_stride,
     b_inside,
@@ -264,12 +270,22 @@ def add_products(
 ):
     ks = tl.arange(0, BLOCK_K)
     WEIGHTS_FIRST: tl.constexpr = len(sums.shape) == 3
+    if in_chunks(WEIGHTS_FIRST, BY_TWO, FORMAT, GROUP_K, zero_ptrs is not None):
+        # Shared memory then has the rows of a chunk side by side, for threads to read from different banks.
+        M: tl.constexpr = a_rows.shape[0]
+        CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+        a_rows = tl.reshape(tl.broadcast_to(a_rows[None, :], (CHUNKS, M)), (CHUNKS * M,))[:, None]
+        a_columns = (tl.arange(0, CHUNKS * M) // M * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
+    else:
+        a_rows = a_rows[:, None]
+        a_columns = ks[None, :]
+    a_ptrs = a_ptr + a_rows * a_stride + a_columns
     for k in tl.range(begin, upto, BLOCK_K, num_stages=STAGES):
         inside = k + ks < stop
         if EVEN:
             a = tl.load(a_ptrs + k)
         else:
-            a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
+            a = tl.load(a_ptrs + k, mask=k + a_columns < stop, other=0.0)
         if FORMAT == "fp8_w8a8":
             sums += float8_products(a, b_ptrs, scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
         elif WEIGHTS_FIRST:
@@ -520,14 +536,14 @@ def gate_up(
         else:
             b_ptrs, scale_ptrs = quantized_rows(
                 weight_ptr, weight_scale_ptr, expert, weights, weight_rows, row_stride, scale_columns,
-                FORMAT, GROUP_N, BLOCK_K,
+                GROUP_N,
             )  # fmt: skip
         if weight_zero_ptr is None:
             zero_ptrs = None
         else:
             zero_ptrs = group_rows(weight_zero_ptr, expert, weights, weight_rows, zero_columns, 1)
         sums, whole = multiply(
-            hidden_ptr + tokens[:, None] * hidden_size + ks[None, :],
+            hidden_ptr, tokens, hidden_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
             BY_TWO, MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
         )  # fmt: skip
@@ -643,7 +659,7 @@ def down(
         else:
             b_ptrs, scale_ptrs = quantized_rows(
                 weight_ptr, weight_scale_ptr, expert, chunk_begin + weights, hidden_size, row_stride,
-                scale_columns, FORMAT, GROUP_N, BLOCK_K,
+                scale_columns, GROUP_N,
             )  # fmt: skip
         if weight_zero_ptr is None:
             zero_ptrs = None
@@ -654,7 +670,7 @@ def down(
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size
         sums, whole = multiply(
-            intermediate_ptr + source_rows[:, None] * intermediate_size + ks[None, :],
+            intermediate_ptr, source_rows, intermediate_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs,
             begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
             BY_TWO, MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,

@@ -34,15 +34,12 @@ def quantized_rows(
     weight_rows,  # R
     row_bytes,
     scale_columns,
-    FORMAT: tl.constexpr,
     GROUP_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """Where the first BLOCK_K numbers of an expert's rows are, and the first scale of each row."""
-    bytes = tl.arange(0, BLOCK_K // 2 if FORMAT == "mxfp4" or FORMAT == "int4" else BLOCK_K)
+    """Where an expert's rows begin, and the first scale of each."""
     first = expert.to(tl.int64) * weight_rows
     return (
-        weight_ptr + (first + rows)[:, None] * row_bytes + bytes[None, :],
+        weight_ptr + (first + rows) * row_bytes,
         group_rows(weight_scale_ptr, expert, rows, weight_rows, scale_columns, GROUP_N),
     )
 
@@ -55,7 +52,7 @@ def group_rows(ptr, expert, rows, weight_rows, columns, GROUP_N: tl.constexpr):
 
 @triton.jit
 def dequantize(
-    value_ptrs,
+    value_ptrs,  # to the first byte of each row
     scale_ptrs,
     zero_ptrs,  # to the first zero point of each row, in whole words too; None: there are none
     k,
@@ -69,14 +66,19 @@ def dequantize(
     BLOCK_K: tl.constexpr,
 ):
     """Columns k to k + BLOCK_K of some rows of weights, in dtype. From ``stop`` on, any finite numbers."""
-    PACKED: tl.constexpr = 1 if FORMAT == "fp8" else 2
+    WORDS: tl.constexpr = BY_TWO and in_words(FORMAT, GROUP_K, zero_ptrs is not None)
+    PACKED: tl.constexpr = (1 if FORMAT == "fp8" else 2) * (4 if WORDS else 1)
+    places = tl.arange(0, BLOCK_K // PACKED)
+    if WORDS:
+        value_ptrs = value_ptrs.to(tl.pointer_type(tl.int32), bitcast=True)
+    value_ptrs = value_ptrs[:, None] + places[None, :]
     if EVEN:
         values = tl.load(value_ptrs + k // PACKED)
     else:
-        # Bytes are compared, and not columns: so Triton sees which neighbours are inside together, and loads
-        # them at once. Rounded up, as where the last byte has one number only, it would not.
+        # Bytes or words are compared, and not columns: so Triton sees which neighbours are inside together,
+        # and loads them at once. Rounded up, as where the last byte has one number only, it would not.
         end = stop // PACKED if BY_TWO else tl.cdiv(stop, PACKED)
-        inside = k // PACKED + tl.arange(0, BLOCK_K // PACKED) < end
+        inside = k // PACKED + places < end
         values = tl.load(value_ptrs + k // PACKED, mask=inside[None, :], other=0)
     zeros = None
     if zero_ptrs is not None:
@@ -125,9 +127,8 @@ def scale_by_two(wide, scale_ptrs, k, stop, FORMAT: tl.constexpr, GROUP_K: tl.co
     LIFT: tl.constexpr = lift(FORMAT, wide.dtype)
     dtype: tl.constexpr = scale_ptrs.dtype.element_ty
     if dtype == tl.uint8:
-        exponents = (load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255) + LIFT
-        scales = over_columns((exponents << 23).to(tl.float32, bitcast=True).to(wide.dtype), BLOCK_K)
-        wide = multiply_by_two(wide, scales)
+        powers = load_powers(scale_ptrs, k, stop, LIFT, wide.dtype, GROUP_K, EVEN, BLOCK_K)
+        wide = multiply_by_two(wide, over_columns(powers, BLOCK_K))
     elif dtype == wide.dtype:
         words = load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
         wide = multiply_by_two(wide, over_columns(words.to(tl.int16).to(dtype, bitcast=True), BLOCK_K))
@@ -162,23 +163,33 @@ def load_scales(scale_ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, 
 
 
 @triton.jit
+def load_powers(
+    scale_ptrs, k, stop, LIFT: tl.constexpr, dtype: tl.constexpr, GROUP_K: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The scales of "mxfp4" times 2 ** LIFT, in a dtype of 16 bits: (rows, 1), or one for every GROUP_K."""
+    if dtype == tl.bfloat16 and 4 * GROUP_K <= BLOCK_K:  # by two as well, in whole words
+        words = load_words(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        even = (words & 0x00FF00FF) * 0x80 + LIFT * 0x00800080  # to the exponents, 7 bits up
+        odd = ((words >> 8) & 0x00FF00FF) * 0x80 + LIFT * 0x00800080
+        halves = tl.join(tl.join(even, even >> 16), tl.join(odd, odd >> 16)).to(tl.int16)
+        powers = tl.reshape(halves, (words.shape[0], 4 * words.shape[1])).to(tl.bfloat16, bitcast=True)
+    else:
+        exponents = (load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255) + LIFT
+        powers = (exponents << 23).to(tl.float32, bitcast=True).to(dtype)
+    return powers
+
+
+@triton.jit
 def load_groups(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """What groups of columns k to k + BLOCK_K have, in the lowest bits of integers; above them is anything.
 
-    They come in words of 4 bytes, with a few that are not needed: fewer cannot be copied to shared memory
-    while others are multiplied. GROUP_K is a multiple of BLOCK_K, or a part of it.
+    GROUP_K is a multiple of BLOCK_K, or a part of it.
     """
     BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
     IN_WORD: tl.constexpr = 32 // BITS
     GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
-    WORDS: tl.constexpr = GROUPS // IN_WORD if GROUPS > IN_WORD else 1
-    word_ptrs = ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
-    numbers = k // (GROUP_K * IN_WORD) + tl.arange(0, WORDS)
-    if EVEN:
-        words = tl.load(word_ptrs + numbers[None, :])
-    else:
-        inside = numbers * (GROUP_K * IN_WORD) < stop
-        words = tl.load(word_ptrs + numbers[None, :], mask=inside[None, :], other=0)
+    words = load_words(ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
     if BITS == 32:
         groups = words
     elif GROUPS < IN_WORD:
@@ -191,6 +202,26 @@ def load_groups(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_
             parts = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
         groups = tl.reshape(parts, (words.shape[0], GROUPS))
     return groups
+
+
+@triton.jit
+def load_words(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What groups of columns k to k + BLOCK_K have, as it lies, with some neighbours: words of 4 bytes.
+
+    Fewer cannot be copied to shared memory while others are multiplied.
+    """
+    BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
+    IN_WORD: tl.constexpr = 32 // BITS
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
+    WORDS: tl.constexpr = GROUPS // IN_WORD if GROUPS > IN_WORD else 1
+    word_ptrs = ptrs.to(tl.pointer_type(tl.int32), bitcast=True)[:, None]
+    numbers = k // (GROUP_K * IN_WORD) + tl.arange(0, WORDS)
+    if EVEN:
+        words = tl.load(word_ptrs + numbers[None, :])
+    else:
+        inside = numbers * (GROUP_K * IN_WORD) < stop
+        words = tl.load(word_ptrs + numbers[None, :], mask=inside[None, :], other=0)
+    return words
 
 
 @triton.jit
@@ -228,10 +259,31 @@ def weights_first(FORMAT, dtype, BLOCK_M, BLOCK_N):
     return few and dtype.primitive_bitwidth == 16
 
 
+# Columns of four threads that read 8 each for mma.sync: 16 bytes of activations, a word of four-bit codes.
+CHUNK = tl.constexpr(32)
+
+
+@triton.constexpr_function
+def in_words(FORMAT, GROUP_K, has_zeros):
+    """Whether codes are widened by words, and not by bytes.
+
+    All are but those that Triton sends through shared memory again, where bytes meet fewer conflicts: those
+    where half of the threads want another half of a word of scales (groups of 16), or each turn of the loop
+    another byte of a word of zero points (groups of 64 and more).
+    """
+    return FORMAT != "int4" or (GROUP_K >= 32 and not (has_zeros and GROUP_K > 32))
+
+
+@triton.constexpr_function
+def in_chunks(weights_first, by_two, FORMAT, GROUP_K, has_zeros):
+    """Whether activations come in chunks, to be multiplied in the order that registers have them in."""
+    return weights_first and by_two and in_words(FORMAT, GROUP_K, has_zeros) and not INTERPRETED.value
+
+
 @triton.jit
 def add_products_of_weights(
     sums,  # (R / 16, 16, M)
-    a,  # (M, BLOCK_K)
+    a,  # (M, BLOCK_K), or (BLOCK_K / CHUNK * M, CHUNK): `in_chunks`
     value_ptrs,  # of R rows
     scale_ptrs,
     zero_ptrs,
@@ -252,8 +304,19 @@ def add_products_of_weights(
         value_ptrs, scale_ptrs, zero_ptrs, k, stop, a.dtype, FORMAT, GROUP_K, SCALED, BY_TWO, EVEN, BLOCK_K
     )  # fmt: skip
     SIXTEENS: tl.constexpr = sums.shape[0]
+    M: tl.constexpr = sums.shape[2]
+    if in_chunks(True, BY_TWO, FORMAT, GROUP_K, zero_ptrs is not None):
+        # The even pairs of a chunk's columns go first, then the odd ones. mma.sync takes one of each, in two
+        # registers side by side; so a thread's 8 columns need not be moved there.
+        CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+        w = tl.reshape(w, (SIXTEENS * 16, CHUNKS, CHUNK // 4, 2, 2))
+        w = tl.permute(w, (0, 1, 3, 2, 4))
+        a = tl.permute(tl.reshape(a, (CHUNKS, M, CHUNK // 4, 2, 2)), (0, 3, 2, 4, 1))
+        a = tl.reshape(a, (BLOCK_K, M))
+    else:
+        a = tl.trans(a)
     w = tl.reshape(w, (SIXTEENS, 16, BLOCK_K))
-    a = tl.broadcast_to(tl.trans(a)[None, :, :], (SIXTEENS, BLOCK_K, a.shape[0]))
+    a = tl.broadcast_to(a[None, :, :], (SIXTEENS, BLOCK_K, M))
     if INTERPRETED:
         w, a = w.to(tl.float32), a.to(tl.float32)
     if SCALED:
@@ -288,10 +351,12 @@ def float8_products(
     b_scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
     if not INTERPRETED:  # Pointers to float8, for the copies to end where the products read them.
         value_ptrs = value_ptrs.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    ks = tl.arange(0, BLOCK_K)
+    value_ptrs = value_ptrs[:, None] + ks[None, :]
     if EVEN:
         b = tl.load(value_ptrs + k)
     else:
-        inside = k + tl.arange(0, BLOCK_K) < stop
+        inside = k + ks < stop
         b = tl.load(value_ptrs + k, mask=inside[None, :], other=0.0)
     if INTERPRETED:
         b = widen(b, "fp8").to(tl.float32)
