@@ -433,11 +433,14 @@ def _zeros_or_none(zeros: Tensor) -> Tensor | None:
 
 
 def _with_whole_words(scales: Tensor) -> Tensor:
-    """The scales, with rows that begin at multiples of 4 bytes, the least that kernels load ahead."""
+    """The scales, with rows that begin at multiples of 4 bytes, the least that kernels load ahead.
+
+    What lies between rows is read, and multiplied by zero: it must be numbers, so it is never the caller's.
+    """
     experts, rows, columns = scales.shape
     in_word = 4 // scales.itemsize
     stride = -(-columns // in_word) * in_word
-    if scales.stride() == (rows * stride, stride, 1):
+    if columns == stride and scales.is_contiguous():
         return scales
     padded = scales.new_zeros(experts, rows, stride)
     padded[..., :columns] = scales

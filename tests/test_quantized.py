@@ -181,6 +181,15 @@ def random_words(*shape):
     return torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
+def test_what_lies_between_rows_of_scales_is_never_the_callers():
+    """Kernels read it: an exponent of 255 there is infinite, and zero times that no number."""
+    memory = torch.full((2, 3, 4), 255, dtype=torch.uint8)
+    memory[..., :3] = 127
+    weight = QuantizedWeight(torch.zeros(2, 3, 48, dtype=torch.uint8), memory[..., :3], "mxfp4", (1, 32), 96)
+    assert weight.scales.stride() == (12, 4, 1)
+    assert weight.scales.as_strided((2, 3, 4), (12, 4, 1))[..., 3].tolist() == [[0] * 3] * 2
+
+
 def test_awq_is_read_as_compressed_tensors_converts_it():
     name = "compressed_tensors.entrypoints.convert.converters.autoawq"
     theirs = pytest.importorskip(name, reason="compressed-tensors with its converter is not installed")
