@@ -47,7 +47,8 @@ from layers import (
 from timing import spread, synchronize
 
 from qllm_ops import FULL, MoeRun, PriorityFlag
-from qllm_ops.tiles import MULTIPROCESSORS, arch_of, layer_configs, leave_us, phase_sizes, row_class
+from qllm_ops.device import arch_of
+from qllm_ops.tiles import MULTIPROCESSORS, layer_configs, leave_us, phase_sizes, row_class
 
 STUCK_S = 10.0
 MOMENTS = (0.03, 0.85)

@@ -25,9 +25,10 @@ from context import Context, Skip, one_line
 from layers import DENSE, FORMATS, MIXTRAL, OLMOE, QWEN3, SHAPES, Shape
 
 from qllm_ops import Activation, PriorityFlag
+from qllm_ops.device import arch_of
 from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.quantized import QUANTIZERS, W8A8, QuantizedWeight
-from qllm_ops.tiles import TileConfig, arch_of, layer_configs, token_counts
+from qllm_ops.tiles import TileConfig, layer_configs, token_counts
 
 PROCESSES = 14
 

@@ -46,6 +46,7 @@ from layers import DEEPSEEK, GPT_OSS, MIXTRAL, OLMOE, QWEN3, Shape, Tensors, err
 from timing import Call, capture, interleaved, spread
 
 from qllm_ops import Activation
+from qllm_ops.device import arch_of, unsupported
 from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.tiles import (
     EXIT_US,
@@ -53,7 +54,6 @@ from qllm_ops.tiles import (
     PHASES,
     TileConfig,
     TileKey,
-    arch_of,
     entry_key,
     layer_configs,
     leave_us,
@@ -64,7 +64,6 @@ from qllm_ops.tiles import (
     table_path,
     tiles_problem,
     tuned_table,
-    unsupported,
     within_exit,
 )
 

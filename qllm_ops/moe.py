@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import Activation, AnyActivation
+from qllm_ops.device import unsupported
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight, check_inputs
 from qllm_ops.library import traced, uncompiled
 from qllm_ops.quantized import rounded_rows
-from qllm_ops.tiles import EXIT_US, unsupported
+from qllm_ops.tiles import EXIT_US
 from qllm_ops.torch_moe import TorchMoe, widened
 
 BACKENDS = ("auto", "torch", "triton")

@@ -7,7 +7,7 @@ them smaller until one takes no longer than `max_exit_us` at the device's peak r
     heuristics     the tables below: whatever the device
     tuned tables   qllm_ops/tuned/DEVICE.json, entries that were timed on that device and won
     max_exit_us    makes the tiles of either smaller, or lets a program leave inside of one
-    fit_device     refuses, before a launch, what the device at hand cannot run
+    device.py      refuses, before a launch, what the device at hand cannot run
 
 Every entry of the heuristics compiles without a register spilled (tests/test_compile.py). None has been
 timed on a GPU yet: the reasons given are arithmetic. Nothing is timed while a user waits; `perf/tune.py`
@@ -213,7 +213,7 @@ def tile_config(
         num_tokens, top_k, num_experts: T, K and E of the layer.
         n, k: columns of the phase's output and length of its sums: (I, H), (H, I) or (H, K).
         dtype: of hidden_states.
-        arch: as :func:`arch_of` gives it.
+        arch: as :func:`qllm_ops.device.arch_of` gives it.
         max_exit_us: how long a tile may take at the device's peak rates, as :func:`tile_us` estimates it;
             float("inf") for the fastest tiles, whatever they take. Tiles are not cut below MIN_WEIGHT_ROWS
             and sums not into more than MAX_PARTS; what is still too long is left halfway (``exit_k``). A
@@ -228,7 +228,7 @@ def tile_config(
         return replace(config, block_k=ROW_GROUP) if weights == W8A8 and phase != "combine" else config
     most_rows, block_m, read_once = row_class(num_tokens, top_k, num_experts)
     table = tuned_table(device_name if weights is None else None, arch)
-    tuned = table.get(TileKey(phase, most_rows, n, k, _dtype_name(dtype))) if table else None
+    tuned = table.get(TileKey(phase, most_rows, n, k, dtype_name(dtype))) if table else None
     if phase == "combine":
         return tuned or _combine(n, dtype)
     config = tuned or _fastest(phase, block_m, k, dtype, arch, weights)
@@ -412,125 +412,6 @@ def compile_options(config: TileConfig, dtype: torch.dtype, arch: str) -> dict[s
     return options
 
 
-# -- what the device at hand can run -----------------------------------------------------------------------
-
-LEAST_CAPABILITY = (8, 0)
-"""Products of bfloat16 and copies from memory to shared memory that nobody waits for begin here, and so
-does what Triton supports."""
-
-FLOAT8_CAPABILITY = (8, 9)
-"""Products of float8 begin here."""
-
-
-def fit_device(
-    configs: dict[str, TileConfig], dtype: torch.dtype, device: torch.device, weights: str | None = None
-) -> dict[str, TileConfig]:
-    """The configurations of a layer as ``device`` can run them. To be called before anything is launched.
-
-    Tiles that need more shared memory than a program may have become smaller. What the device cannot do
-    at all raises ValueError, which says what it has, what is needed and what to do instead.
-    """
-    if device.type == "cpu":
-        return configs
-    refusal = unsupported(device) or (without_float8(device) if weights == W8A8 else None)
-    if refusal:
-        raise ValueError(refusal)
-    available = _shared_bytes_of(device)
-    fitting = {}
-    for phase, config in configs.items():
-        fitting[phase] = fit_shared(phase, config, dtype, available, weights)
-        needed = shared_bytes(phase, fitting[phase], dtype, weights)
-        if needed > available:
-            half = ", and float16 or bfloat16 take half of it" if dtype.itemsize == 4 else ""
-            raise ValueError(
-                f"the least tiles of {phase} in {_dtype_name(dtype)} need {needed} bytes of shared memory, "
-                f'{_describe(device)} has {available} for one program; backend="torch" needs none{half}'
-            )
-    return fitting
-
-
-@functools.cache
-def unsupported(device: torch.device) -> str | None:
-    """Why ``device`` cannot run the Triton kernels whatever the layer; None if it can."""
-    if device.type == "cpu" or torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= LEAST_CAPABILITY:
-        return None
-    return (
-        f'backend="triton" needs compute capability {_dotted(LEAST_CAPABILITY)} or newer (products of '
-        f"bfloat16, asynchronous copies), {_describe(device)} has {_dotted(capability)}; "
-        'backend="torch" runs there'
-    )
-
-
-def without_float8(device: torch.device) -> str | None:
-    """Why ``device`` has no products of float8 by float8; None if it has."""
-    instead = (
-        'fp8_activations=False runs there with weights in float8, and backend="torch" computes the same as '
-        "fp8_activations=True"
-    )
-    if torch.version.hip is not None:
-        return (
-            "fp8_activations=True needs products of float8_e4m3fn, for which no AMD device is taken "
-            f"(gfx942 multiplies float8_e4m3fnuz), {_describe(device)} is one; {instead}"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= FLOAT8_CAPABILITY:
-        return None
-    return (
-        f"fp8_activations=True needs compute capability {_dotted(FLOAT8_CAPABILITY)} or newer (products of "
-        f"float8_e4m3fn), {_describe(device)} has {_dotted(capability)}; {instead}"
-    )
-
-
-def fit_shared(
-    phase: str, config: TileConfig, dtype: torch.dtype, available: int, weights: str | None = None
-) -> TileConfig:
-    """``config`` with less in shared memory, until it fits or is at its smallest."""
-    while phase != "combine" and shared_bytes(phase, config, dtype, weights) > available:
-        # Fewer loads under way hurt less than shorter ones, and those less than narrower tiles.
-        if config.num_stages > 2:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.block_k > 16 and weights != W8A8:
-            config = replace(config, block_k=config.block_k // 2)  # still a divisor of exit_k
-        elif config.block_n > 16:
-            config = replace(config, block_n=config.block_n // 2)
-        else:
-            break
-    return config
-
-
-@functools.cache
-def _shared_bytes_of(device: torch.device) -> int:
-    """Shared memory that one program may have. Which of the two torch knows depends on its build."""
-    properties = torch.cuda.get_device_properties(device)
-    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
-    most = max(getattr(properties, name, 0) for name in names)
-    return most or MULTIPROCESSORS[arch_of(device)].shared_bytes
-
-
-def _describe(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})"
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
-
-
-def arch_of(device: torch.device) -> str:
-    """The table that ``device`` uses: the newest architecture that is not newer, by name."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 9:
-        # 11.x have the matrix units of 10.x; 12.x are cards with 99 KB of shared memory again.
-        return "sm_90" if major < 10 else "sm_100" if major < 12 else "sm_86"
-    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
-
-
 # -- tuned tables ------------------------------------------------------------------------------------------
 
 
@@ -609,7 +490,7 @@ def new_entry(key: TileKey, config: TileConfig, measured: dict[str, Any]) -> dic
 
 def _problem(key: TileKey, tiles: dict[str, int], arch: str) -> str | None:
     """What is wrong with an entry; None if nothing is."""
-    dtypes = {_dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    dtypes = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     classes = [most for most, _, _ in ROW_CLASSES]
     if key.phase not in PHASES or key.dtype not in dtypes or key.most_rows not in classes:
         return f"is of a phase, dtype or class of rows that is none: {PHASES}, {tuple(dtypes)}, {classes}"
@@ -650,7 +531,7 @@ def _positive_integers(values: Iterable[object]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -732,6 +613,6 @@ def shipped_configs(
     for path in sorted(TUNED.glob("*.json")) if weights is None else ():
         table = read_table(path)
         for entry in table["entries"] if table["arch"] == arch else ():
-            if entry["key"]["dtype"] == _dtype_name(dtype):
+            if entry["key"]["dtype"] == dtype_name(dtype):
                 reached.setdefault((entry["key"]["phase"], TileConfig(**entry["tiles"])), path.name)
     return reached

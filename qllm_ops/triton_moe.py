@@ -14,21 +14,13 @@ from typing import Any
 import torch
 
 from qllm_ops.activation import Activation
+from qllm_ops.device import arch_of, fit_device
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
 from qllm_ops.kernels.by_two import by_two
 from qllm_ops.quantized import QuantizedWeight
-from qllm_ops.tiles import (
-    W8A8,
-    TileConfig,
-    arch_of,
-    compile_options,
-    fit_device,
-    layer_configs,
-    partial_width,
-    token_counts,
-)
+from qllm_ops.tiles import W8A8, TileConfig, compile_options, layer_configs, partial_width, token_counts
 from qllm_ops.torch_moe import checked
 
 ROUNDS = {"gate_up": 2, "down": 2, "combine": 1}

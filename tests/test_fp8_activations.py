@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import qllm_ops
 from qllm_ops import Activation, MoeRun, PriorityFlag, QuantizedWeight, moe, moe_reference, quantize_fp8
+from qllm_ops.device import FLOAT8_CAPABILITY
 from qllm_ops.inputs import check_inputs
 from qllm_ops.kernels.quantized import keep_in_float16, round_to_float8
 from qllm_ops.kernels.quantized import quantize_rows as quantize_in_registers
@@ -30,7 +31,7 @@ from qllm_ops.testing import (
     quantize,
     schedules,
 )
-from qllm_ops.tiles import FLOAT8_CAPABILITY, TileConfig
+from qllm_ops.tiles import TileConfig
 from qllm_ops.triton_moe import TritonMoe
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")
