@@ -18,6 +18,7 @@ from qllm_ops.device import arch_of, fit_device
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
+from qllm_ops.kernels import tickets
 from qllm_ops.kernels.by_two import by_two
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import W8A8, TileConfig, compile_options, layer_configs, partial_width, token_counts
@@ -285,7 +286,7 @@ class TritonMoe:
             # One for each program that may give a tile back, whatever T is: kernels are compiled for it.
             resident = max(self.tiles[phase.kernel].programs_per_sm for phase in products)
             self._slots = next_power_of_2(resident * multiprocessors(self.device))
-        words = kernels.OFFSETS.value + 3 * (self.inputs.num_experts + 1) + self._slots
+        words = tickets.OFFSETS.value + 3 * (self.inputs.num_experts + 1) + self._slots
         self._state = torch.empty(words, dtype=torch.int32, device=self.device)
 
     def _route(self) -> None:
@@ -485,10 +486,10 @@ class TritonMoe:
             return
         with self._on_device():
             self._catch_up()
-            words = self._state[: kernels.OFFSETS.value].tolist()
-        done, total, count = kernels.DONE.value, kernels.TOTAL.value, len(self._phases)
+            words = self._state[: tickets.OFFSETS.value].tolist()
+        done, total, count = tickets.DONE.value, tickets.TOTAL.value, len(self._phases)
         self._done, self._totals = tuple(words[done : done + count]), tuple(words[total : total + count])
-        self._given_back = words[kernels.GIVEN_BACK.value]
+        self._given_back = words[tickets.GIVEN_BACK.value]
         self._unread = False
 
     def _rewind(self, finished: int = 0) -> None:
@@ -496,7 +497,7 @@ class TritonMoe:
 
         In stream order. No tile may wait to be taken again.
         """
-        done, total = kernels.DONE.value, kernels.TOTAL.value
+        done, total = tickets.DONE.value, tickets.TOTAL.value
         self._state[:total].zero_()
         self._state[done : done + finished] = self._state[total : total + finished]
         self._done, self._given_back = (0,) * len(self._phases), 0

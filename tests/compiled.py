@@ -82,7 +82,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
     before = {}
 
     def tickets() -> int:
-        return int(run._state[kernels.TICKETS.value : kernels.DONE.value].sum())
+        return int(run._state[tickets.TICKETS.value : tickets.DONE.value].sum())
 
     while True:
         patience = draw.randrange(1, 12 + left)  # longer and longer, or a tile with exits might never be done

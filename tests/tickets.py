@@ -1,10 +1,10 @@
 """Every way in which programs can take turns at the memory operations of the ticket protocol.
 
-The functions of kernels/moe.py that take, give back and count tickets are run as they stand, on a memory of a
-few words. A program is stopped before each of its operations, and at every stop any program, or whoever
-writes the flag, may be the next one: all states that can be reached are visited once. What a program reads of
-the slots without an atomic operation may be old: any value since the launch began, but none from before one
-that it has seen or written itself.
+The functions of kernels/tickets.py that take, give back and count tickets are run as they stand, on a
+memory of a few words. A program is stopped before each of its operations, and at every stop any program, or
+whoever writes the flag, may be the next one: all states that can be reached are visited once. What a program
+reads of the slots without an atomic operation may be old: any value since the launch began, but none from
+before one that it has seen or written itself.
 
     state of a program    where in its loop it is (`Place`), and what its operations since then have returned
     state of all          those, the memory, the values that slots had, what is left to be written to the flag
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from qllm_ops.kernels import moe as kernels
+from qllm_ops.kernels import tickets as kernels
 
 BUDGET, GIVEN_BACK, TICKETS, DONE, TOTAL, FLAG, SLOTS = 0, 1, 2, 4, 6, 8, 9
 PHASES = 2

@@ -10,15 +10,7 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from qllm_ops.kernels.by_two import add_by_two, fma_by_two, int4_shift, lift, move_bits, multiply_by_two
-
-
-class Constant(tl.constexpr):
-    """A tl.constexpr with a name. At every launch Triton compares all that a kernel uses with what they were
-    when it was compiled; where the answer is a tl.constexpr again, that takes a microsecond for each."""
-
-    def __ne__(self, other):
-        return self.value != getattr(other, "value", other)
-
+from qllm_ops.kernels.constant import Constant
 
 # Triton's interpreter multiplies bfloat16 numbers as if they were integers and cuts where it should round; it
 # has no arithmetic of float8.
@@ -260,7 +252,7 @@ def weights_first(FORMAT, dtype, BLOCK_M, BLOCK_N):
 
 
 # Columns of four threads that read 8 each for mma.sync: 16 bytes of activations, a word of four-bit codes.
-CHUNK = tl.constexpr(32)
+CHUNK = Constant(32)
 
 
 @triton.constexpr_function
