@@ -21,6 +21,7 @@ from ptx_device import Device
 from qllm_ops import FULL, PriorityFlag, triton_moe
 from qllm_ops.inputs import check_inputs
 from qllm_ops.kernels import moe as kernels
+from qllm_ops.kernels import tickets
 from qllm_ops.testing import assert_close, assert_same_bits, poisoned_empty
 from qllm_ops.triton_moe import TritonMoe
 
@@ -81,7 +82,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
     left = given_back = 0
     before = {}
 
-    def tickets() -> int:
+    def taken() -> int:
         return int(run._state[tickets.TICKETS.value : tickets.DONE.value].sum())
 
     while True:
@@ -91,7 +92,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
             nonlocal patience
             patience -= 1
             if patience == 0:
-                before["tickets"] = tickets()
+                before["taken"] = taken()
                 flag.pause(0)
 
         device.between = between
@@ -99,7 +100,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
         device.between = lambda: None
         if patience <= 0:
             # A program that had looked at the flag before may still take a ticket; none does in later phases.
-            assert tickets() - before["tickets"] <= programs(run)
+            assert taken() - before["taken"] <= programs(run)
             assert run.tiles_taken - run.tiles_done - given_back <= programs(run)
             given_back = run.tiles_taken - run.tiles_done
             flag.resume(0)
