@@ -121,6 +121,8 @@ def arch_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 9 and "H100" in torch.cuda.get_device_name(device):
+        return "sm_90_h100"  # whose memory is slower than an H200's
     if major >= 9:
         # 11.x have the matrix units of 10.x; 12.x are cards with 99 KB of shared memory again.
         return "sm_90" if major < 10 else "sm_100" if major < 12 else "sm_86"

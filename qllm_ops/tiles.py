@@ -80,6 +80,7 @@ class Multiprocessor:
 MULTIPROCESSORS = {
     "sm_100": Multiprocessor(227 * 1024, 7.6e6, 0.27e6, 54e3),  # B200: 2250 TFLOP/s, 8.0 TB/s, 148
     "sm_90": Multiprocessor(227 * 1024, 3.0e6, 0.25e6, 32e3),  # H200: 790 TFLOP/s and 4.3 TB/s measured, 132
+    "sm_90_h100": Multiprocessor(227 * 1024, 3.0e6, 0.25e6, 23e3),  # the same with 3.0 TB/s measured
     "sm_80": Multiprocessor(163 * 1024, 1.44e6, 0.09e6, 18e3),  # A100 80GB: 312 TFLOP/s, 2.0 TB/s, 108
     "sm_86": Multiprocessor(99 * 1024, 0.65e6, 0.2e6, 8e3),  # RTX 4090: 165 TFLOP/s, 1.0 TB/s, 128
     "gfx942": Multiprocessor(64 * 1024, 2.1e6, 0.26e6, 17e3),  # MI300X: 1300 TFLOP/s, 5.3 TB/s, 304
@@ -179,7 +180,7 @@ TILES_W8A8 = {
     },
 }
 
-TILES_OF = {"sm_100": "sm_90", "sm_86": "sm_80"}
+TILES_OF = {"sm_100": "sm_90", "sm_90_h100": "sm_90", "sm_86": "sm_80"}
 """Architectures whose 16-bit tiles are those of another."""
 
 # IEEE float32 has no matrix unit: 64 x 64 sums in 8 warps are 16 a thread, enough to reuse what is loaded.

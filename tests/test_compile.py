@@ -59,7 +59,7 @@ def requests(arch: str) -> list[dict]:
                     chosen += [{**largest, "activation": name} for name in ("gelu", "gelu_tanh")]
                     chosen.append({**largest, "layout": "llama4"})
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
-    chosen += float8_requests(arch) if arch == "sm_90" else []
+    chosen += [*float8_requests(arch), *requests_of_an_h100()] if arch == "sm_90" else []
     routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
     return [*chosen, *quantized_requests(arch), *routes]
 
@@ -93,6 +93,19 @@ def quantized_requests(arch: str) -> list[dict]:
             chosen.append({**base, "config": asdict(uneven), "even": False})
             if (arch, dtype, phase) == ("sm_90", "bf16", "gate_up"):
                 chosen.append({**base, "layout": "plain", "config": asdict(configs[0]), "sass": True})
+    return chosen
+
+
+def requests_of_an_h100() -> list[dict]:
+    """The tiles that its slower memory makes smaller."""
+    chosen = []
+    for format in (None, "fp8", "mxfp4", "int4"):
+        both = (shipped_configs(arch, torch.bfloat16, format) for arch in ("sm_90", "sm_90_h100"))
+        of_h200, of_h100 = both
+        for phase, config in of_h100.keys() - of_h200.keys():
+            base = {"kernel": phase, "arch": "sm_90", "dtype": "bf16", "config": asdict(config)}
+            layout = {"layout": "gpt_oss_rows" if format == "mxfp4" else "plain"}
+            chosen.append(base if format is None else {**base, **layout, "format": format})
     return chosen
 
 

@@ -139,13 +139,15 @@ def test_a_cpu_is_never_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "arch"),
-    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
-     ((11, 0), "sm_100"), ((12, 0), "sm_86"), ((7, 5), "sm_86")],
+    ("name", "capability", "arch"),
+    [("A100", (8, 0), "sm_80"), ("A10", (8, 6), "sm_86"), ("RTX 4090", (8, 9), "sm_86"),
+     ("NVIDIA H200", (9, 0), "sm_90"), ("NVIDIA GH200 480GB", (9, 0), "sm_90"),
+     ("NVIDIA H100 80GB HBM3", (9, 0), "sm_90_h100"), ("B200", (10, 0), "sm_100"),
+     ("Thor", (11, 0), "sm_100"),
+     ("RTX 5090", (12, 0), "sm_86"), ("T4", (7, 5), "sm_86")],
 )  # fmt: skip
-def test_arch_of_a_cuda_device(monkeypatch, capability, arch):
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_arch_of_a_cuda_device(device, name, capability, arch):
+    device(name, capability)
     assert arch_of(torch.device("cuda")) == arch
 
 

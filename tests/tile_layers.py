@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from qllm_ops.tiles import MODELS, token_counts
 
-ARCHS = ("sm_100", "sm_90", "sm_80", "sm_86", "gfx942")
+ARCHS = ("sm_100", "sm_90", "sm_90_h100", "sm_80", "sm_86", "gfx942")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 archs, dtypes = st.sampled_from(ARCHS), st.sampled_from(DTYPES)
 
