@@ -405,7 +405,7 @@ def compile_options(config: TileConfig, dtype: torch.dtype, arch: str) -> dict[s
     """What a kernel of these tiles is compiled with besides them. Not to be changed."""
     # Fusing is the compiler's default today and will not be; fixed here, the bits stay the same.
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    if arch in ("sm_80", "sm_86", "sm_100") and dtype.itemsize == 2:
+    if arch in ("sm_80", "sm_86", "sm_90_h100", "sm_100") and dtype.itemsize == 2:
         # As many registers as the resident programs leave each other. Not told so, the assembler saves them
         # for programs that do not come, and spills some. (Of 32 bits it keeps more than it should then.)
         threads = 32 * config.num_warps * config.programs_per_sm

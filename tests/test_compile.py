@@ -23,14 +23,17 @@ from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, layer_configs, shared_
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VARIANTS = (("sass", True), ("has_flag", False), ("even", False))
 PRODUCTS = ("gate_up", "down")
-nvidia = pytest.mark.parametrize(
-    "arch", ["sm_100", "sm_90", "sm_80", "sm_89"]
-)  # sm_89: float8 by float8 only
+nvidia = pytest.mark.parametrize("arch", ["sm_100", "sm_90", "sm_90_h100", "sm_80", "sm_89"])
+# sm_89: float8 by float8 only; an H100: what it has beside an H200's
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 # Both orders are written by one version of the compiler or another.
 POLL = re.compile(r"\bld\.(global\.)?(relaxed\.sys|sys\.relaxed)")
-LARGE = {"sm_100": "tcgen05.mma", "sm_90": "wgmma.mma_async"}  # of 64 rows and more
+LARGE = {
+    "sm_100": "tcgen05.mma",
+    "sm_90": "wgmma.mma_async",
+    "sm_90_h100": "wgmma.mma_async",
+}  # of 64 rows and more
 PRODUCT = re.compile(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync|fma\.rn\.f32")
 MATRIX_PRODUCT = r"(?:wgmma\.mma_async|mma\.sync)\S+"
 TICKET = re.compile(r"\batom\.\S*relaxed\S*\.add")
@@ -39,6 +42,8 @@ TICKET = re.compile(r"\batom\.\S*relaxed\S*\.add")
 def requests(arch: str) -> list[dict]:
     if arch == "sm_89":
         return float8_requests(arch)
+    if arch == "sm_90_h100":
+        return requests_of_an_h100()
     chosen = []
     for dtype in DTYPES if arch in ("sm_90", "sm_80") or (THOROUGH and arch == "sm_100") else ("bf16",):
         for phase in PHASES:
@@ -59,7 +64,7 @@ def requests(arch: str) -> list[dict]:
                     chosen += [{**largest, "activation": name} for name in ("gelu", "gelu_tanh")]
                     chosen.append({**largest, "layout": "llama4"})
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
-    chosen += [*float8_requests(arch), *requests_of_an_h100()] if arch == "sm_90" else []
+    chosen += float8_requests(arch) if arch == "sm_90" else []
     routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
     return [*chosen, *quantized_requests(arch), *routes]
 
@@ -97,13 +102,17 @@ def quantized_requests(arch: str) -> list[dict]:
 
 
 def requests_of_an_h100() -> list[dict]:
-    """The tiles that its slower memory makes smaller."""
+    """The tiles that its slower memory makes smaller, and the largest and the smallest of the others."""
     chosen = []
-    for format in (None, "fp8", "mxfp4", "int4"):
-        both = (shipped_configs(arch, torch.bfloat16, format) for arch in ("sm_90", "sm_90_h100"))
-        of_h200, of_h100 = both
-        for phase, config in of_h100.keys() - of_h200.keys():
-            base = {"kernel": phase, "arch": "sm_90", "dtype": "bf16", "config": asdict(config)}
+    for format, phase in itertools.product((None, "fp8", "mxfp4", "int4"), PRODUCTS):
+        of_h200, of_h100 = (
+            [config for name, config in shipped_configs(arch, torch.bfloat16, format) if name == phase]
+            for arch in ("sm_90", "sm_90_h100")
+        )
+        of_h100.sort(key=lambda config: (config.block_m * config.block_n, config.split_k))
+        smaller = [config for config in of_h100 if config not in of_h200]
+        for config in dict.fromkeys((of_h100[0], *smaller, of_h100[-1])):
+            base = {"kernel": phase, "arch": "sm_90_h100", "dtype": "bf16", "config": asdict(config)}
             layout = {"layout": "gpt_oss_rows" if format == "mxfp4" else "plain"}
             chosen.append(base if format is None else {**base, **layout, "format": format})
     return chosen
@@ -177,7 +186,8 @@ def test_no_register_is_spilled(compiled, arch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "limit"), [("sm_100", 228), ("sm_90", 228), ("sm_80", 164), ("sm_89", 100), ("gfx942", 64)]
+    ("arch", "limit"),
+    [("sm_100", 228), ("sm_90", 228), ("sm_90_h100", 228), ("sm_80", 164), ("sm_89", 100), ("gfx942", 64)],
 )
 def test_all_resident_programs_fit_the_multiprocessor(compiled, arch, limit):
     driver_kb = 0 if arch == "gfx942" else 1  # of every program's shared memory
