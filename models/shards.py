@@ -204,7 +204,12 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, after checking its header and its length."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        if start == b"version ":  # of https://git-lfs.github.com/spec/v1
+            raise CheckpointError(
+                f"{file}: a pointer of Git LFS and not the file itself; git lfs pull fetches it"
+            )
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{file}: cut off or not safetensors: {size} bytes, too short for the header "

@@ -272,5 +272,7 @@ def checked(name: str, result: object, shape: tuple[int, ...]) -> Tensor:
     """What a user's function returned, if it has the shape that it must have."""
     if not isinstance(result, Tensor) or result.shape != shape:
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"{name} must return a tensor of shape {tuple(shape)}, got {got}")
+        # F.silu and the like, the first thing to try, know nothing of the gate.
+        hint = "; a function is given (rows, 2I), gate and up together" if name == "activation" else ""
+        raise ValueError(f"{name} must return a tensor of shape {tuple(shape)}, got {got}{hint}")
     return result

@@ -116,6 +116,8 @@ class Scheduler:
         chunk_multiple: int = 1,
     ):
         self.policy = get_policy(policy)
+        if limits is not None and not isinstance(limits, Limits):
+            raise TypeError(f"limits must be Limits or None, got {type(limits).__name__}")
         self.limits = limits or Limits()
         if self.limits.prefill_tokens < chunk_multiple:
             raise ValueError(
@@ -141,10 +143,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request. A ValueError says what is wrong with it; nothing else is affected."""
-        for name in ("max_new_tokens", "priority"):
-            value = getattr(request, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"request {request.id!r}: {name} must be an integer, got {value!r}")
+        request.check()
         if not request.prompt:
             raise ValueError(f"request {request.id!r}: prompt must hold at least one token")
         if request.max_new_tokens < 1:

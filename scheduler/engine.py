@@ -25,7 +25,7 @@ from qllm_ops.openmp import release_workers
 from qllm_ops.scheduler.core import Batch, Limits, Scheduler
 from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Policy
-from qllm_ops.scheduler.request import BE, Handle, Request, Sampling
+from qllm_ops.scheduler.request import BE, Handle, Request, Sampling, token_ids
 from qllm_ops.scheduler.runner import Runner, chunk_multiple
 
 SWITCH_INTERVAL_S = 0.0005
@@ -78,7 +78,8 @@ class Engine:
         clock: monotonic time in seconds.
 
     Raises:
-        TypeError: batch_invariant is neither True nor False.
+        TypeError: the model is no module, the limits are no Limits, the policy is no policy, or
+            batch_invariant is neither True nor False.
         ValueError: another engine serves the model; or it has no MoE layers, a layout that is not
             supported, attention that the engine's does not reproduce, or modules that change themselves
             in a forward pass, so that two lanes would corrupt each other's; or it is to be batch invariant
@@ -97,6 +98,11 @@ class Engine:
         batch_invariant: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(
+                f"model must be a model of transformers, got {type(model).__name__}; "
+                "qllm_ops.models.load makes one from a folder"
+            )
         if model.training:
             raise ValueError("model is in training mode; call model.eval() first")
         if not isinstance(batch_invariant, bool):
@@ -145,24 +151,29 @@ class Engine:
         """Queue a request; returns at once.
 
         Args:
-            prompt: token ids.
+            prompt: token ids: a list, or an array or tensor of one dimension.
             priority: 0 best-effort, 1 latency-sensitive.
+            eos_token_id: the token that ends the request, itself included in what it returns; None: only
+                ``max_new_tokens`` does. It is not taken from the model's configuration.
             arrival_s: when it arrived, by the engine's clock; now by default.
 
         Raises:
-            ValueError: a token id outside the vocabulary, an empty prompt, one that does not fit the KV
-                memory or the model's positions, an id in use, a bad sampling parameter.
+            ValueError: a prompt that is no sequence of token ids, is empty, has an id outside the vocabulary
+                or does not fit the KV memory or the model's positions; a request id in use; a bad sampling
+                parameter; any other value of the wrong type.
             RuntimeError: the engine is closed.
         """
         request = Request(
             id=id if id is not None else f"request-{next(self._names)}",
-            prompt=self.runner.check_prompt(prompt, max_new_tokens),
+            prompt=token_ids(prompt),
             priority=priority,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_p, seed),
             eos_token_id=eos_token_id,
             arrival_s=self.clock() if arrival_s is None else arrival_s,
         )
+        request.check()
+        self.runner.check_prompt(request.prompt, max_new_tokens)
         handle = Handle(request, self._cancel)
         with self._changed:
             if self._closing:

@@ -149,6 +149,8 @@ POLICIES: dict[str, Policy] = {
 def get_policy(name: str | Policy) -> Policy:
     """The policy of that name; an object of the user's own is taken as it is."""
     if not isinstance(name, str):
+        if not hasattr(name, "lanes"):
+            raise TypeError(f"policy must be one of {', '.join(POLICIES)} or a Policy, got {name!r}")
         return name
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")

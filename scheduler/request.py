@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import queue
+import reprlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Real
+from typing import SupportsIndex
 
 LS = 1
 """Latency-sensitive: the lowest class that is urgent. Higher numbers are more urgent still."""
@@ -49,12 +53,32 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("temperature", "top_p"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+        if not _is_integer(self.seed):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+
+def token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
+    """A prompt as a list: of a list, an array or a tensor of integers. Raises ValueError for anything else,
+    such as text, or the two dimensions that a tokenizer returns."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise ValueError(f"prompt must be one sequence of token ids, got {reprlib.repr(prompt)}") from None
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(eq=False)
@@ -86,6 +110,21 @@ class Request:
     cancelled: bool = False
     first_token_s: float | None = None
     finish_s: float | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for values that no scheduler can count, compare or sort by."""
+        for name in ("max_new_tokens", "priority"):
+            if not _is_integer(value := getattr(self, name)):
+                raise ValueError(f"request {self.id!r}: {name} must be an integer, got {value!r}")
+        # A list, as generation_config.json may have it, equals no token: the request would never see its end.
+        if self.eos_token_id is not None and not _is_integer(self.eos_token_id):
+            raise ValueError(
+                f"request {self.id!r}: eos_token_id must be one integer or None, got {self.eos_token_id!r}"
+            )
+        if not _is_number(self.arrival_s) or not math.isfinite(self.arrival_s):
+            raise ValueError(
+                f"request {self.id!r}: arrival_s must be a finite number, got {self.arrival_s!r}"
+            )
 
     @property
     def kv_tokens(self) -> int:

@@ -583,6 +583,10 @@ REFUSED = [
     ),
     ({"prompt": [1] * 70, "max_new_tokens": 31, "priority": LS}, r"need 101 .* can have 100 \(kv_tokens=100"),
     ({"id": "taken"}, "id 'taken' is in use"),
+    ({"eos_token_id": [1, 2]}, r"eos_token_id must be one integer or None, got \[1, 2\]"),
+    ({"eos_token_id": "</s>"}, "eos_token_id must be one integer or None, got '</s>'"),
+    ({"arrival_s": "now"}, "arrival_s must be a finite number, got 'now'"),
+    ({"arrival_s": float("nan")}, "arrival_s must be a finite number, got nan"),
 ]
 
 
@@ -643,3 +647,8 @@ def test_the_flag_need_not_be_given():
     assert scheduler.flag.read() == (0, FULL)
     now[0] += 5.0  # a pause and its deadline go by one clock
     assert scheduler.flag.read() == (FULL, FULL)
+
+
+def test_limits_of_another_type_are_named():
+    with pytest.raises(TypeError, match="limits must be Limits or None, got dict"):
+        Scheduler("tile", {"kv_tokens": 100})

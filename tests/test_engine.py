@@ -687,6 +687,9 @@ def test_closing_ends_what_is_left(model):
         ({"prompt": [1], "priority": 2}, "priority must be from 0 to 1, got 2"),
         ({"prompt": [1], "temperature": -1.0}, "temperature must be 0 or more"),
         ({"prompt": [1], "top_p": 0.0}, "top_p must be in"),
+        ({"prompt": "hello"}, "prompt must be one sequence of token ids, got 'hello'"),
+        ({"prompt": [1], "max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
+        ({"prompt": [1], "eos_token_id": [0, 1]}, "eos_token_id must be one integer or None"),
     ],
 )
 def test_a_bad_request_is_refused_and_harms_nobody(model, arguments, message):
@@ -703,6 +706,8 @@ def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatc
         Engine(model, policy="fifo")
     with pytest.raises(ValueError, match="no MoE"):
         Engine(tiny_model("llama"))
+    with pytest.raises(TypeError, match=r"model must be a model of transformers, got str; .*load"):
+        Engine("a/folder")
     with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
         Engine(model, limits=Limits(max_batch=0))
     with pytest.raises(ValueError, match=r"DeepseekV4ForCausalLM: its attention or cache asks for what"):

@@ -107,7 +107,11 @@ def test_every_layout(backend, layout, activation, expert_norm):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"activation": lambda x: x}, ValueError, r"activation must return .* \(.*, 12\), got \(.*, 24\)"),
+        (
+            {"activation": lambda x: x},
+            ValueError,
+            r"activation must return .* \(.*, 12\), got \(.*, 24\); .* 2I\)",
+        ),
         ({"activation": lambda x: None}, ValueError, "activation must return .* got NoneType"),
         ({"expert_norm": lambda x: x[:, :1]}, ValueError, r"expert_norm must return .* 16\), got \(.*, 1\)"),
     ],

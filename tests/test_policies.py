@@ -144,6 +144,8 @@ def test_the_four_policies_and_where_their_pauses_stop():
 def test_an_unknown_policy_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="unknown policy 'lifo'; there are: fcfs, priority, layer, tile"):
         get_policy("lifo")
+    with pytest.raises(TypeError, match=r"policy must be one of fcfs, .* or a Policy, got None"):
+        get_policy(None)
 
 
 class Lifo:

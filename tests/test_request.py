@@ -1,9 +1,13 @@
 """A request and the caller's end of it."""
 
+import re
+import reprlib
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from qllm_ops.scheduler.core import Limits, Scheduler
 from qllm_ops.scheduler.policies import FOREGROUND
@@ -16,6 +20,7 @@ from qllm_ops.scheduler.request import (
     RequestError,
     Sampling,
     State,
+    token_ids,
 )
 
 SOON_S = 10.0  # for what another thread does at once, on a machine that may be busy
@@ -203,8 +208,8 @@ def test_a_state_is_its_name_and_two_requests_alike_are_two():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("temperature", v) for v in (-0.1, float("nan"), float("inf"))],
-        *[("top_p", v) for v in (0, -1, 1.01, float("nan"))],
+        *[("temperature", v) for v in (-0.1, float("nan"), float("inf"), None, "0.5", True)],
+        *[("top_p", v) for v in (0, -1, 1.01, float("nan"), None, "1", True)],
         *[("seed", v) for v in (1.5, None, "1", True)],
     ],
 )
@@ -217,3 +222,19 @@ def test_bad_sampling_is_named(name, value):
 def test_good_sampling(values):
     sampling = Sampling(**values)
     assert {name: getattr(sampling, name) for name in values} == values
+
+
+@pytest.mark.parametrize("prompt", [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), np.array([3, 1, 2])])
+def test_a_prompt_is_any_sequence_of_integers(prompt):
+    ids = token_ids(prompt)
+    assert ids == [3, 1, 2]
+    assert all(type(token) is int for token in ids)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["12", None, 3, [1.0], [[1, 2]], torch.tensor([[1, 2]]), torch.tensor([1.0]), {"input_ids": [1]}],
+)
+def test_what_is_no_prompt_is_shown(prompt):
+    with pytest.raises(ValueError, match=re.escape(f"one sequence of token ids, got {reprlib.repr(prompt)}")):
+        token_ids(prompt)

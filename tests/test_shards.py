@@ -41,6 +41,14 @@ def test_every_cut_is_found(tiny, tmp_path_factory, data):
         check_safetensors(cut)
 
 
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path):
+    """What a clone without Git LFS leaves in place of the weights."""
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a pointer of Git LFS .*git lfs pull"):
+        check_safetensors(file)
+
+
 @given(data=st.data())
 def test_damaged_headers_never_escape(tiny, tmp_path_factory, data):
     """Whatever stands in the header, the answer is yes or CheckpointError; a yes fits the file's length."""
