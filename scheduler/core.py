@@ -347,7 +347,7 @@ class Scheduler:
         request.margins.append(margin)
         if request.on_token is not None:
             request.on_token(token)
-        if len(request.tokens) >= request.max_new_tokens or token == request.eos_token_id:
+        if len(request.tokens) >= request.max_new_tokens or token in request.ends:
             self._end(request, State.DONE)
 
     def _end(self, request: Request, state: State) -> None:

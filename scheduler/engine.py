@@ -144,7 +144,7 @@ class Engine:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         id: str | None = None,
         arrival_s: float | None = None,
     ) -> Handle:
@@ -153,8 +153,8 @@ class Engine:
         Args:
             prompt: token ids: a list, or an array or tensor of one dimension.
             priority: 0 best-effort, 1 latency-sensitive.
-            eos_token_id: the token that ends the request, itself included in what it returns; None: only
-                ``max_new_tokens`` does. It is not taken from the model's configuration.
+            eos_token_id: the token that ends the request, or several of which each does, itself included in
+                what it returns; None: only ``max_new_tokens`` does. Not taken from the model's configuration.
             arrival_s: when it arrived, by the engine's clock; now by default.
 
         Raises:

@@ -7,7 +7,7 @@ import operator
 import queue
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
@@ -94,7 +94,7 @@ class Request:
     priority: int = BE
     max_new_tokens: int = 16
     sampling: Sampling = field(default_factory=Sampling)
-    eos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
     arrival_s: float = 0.0
     on_token: Callable[[int], None] | None = None
     on_end: Callable[[], None] | None = None
@@ -116,15 +116,23 @@ class Request:
         for name in ("max_new_tokens", "priority"):
             if not _is_integer(value := getattr(self, name)):
                 raise ValueError(f"request {self.id!r}: {name} must be an integer, got {value!r}")
-        # A list, as generation_config.json may have it, equals no token: the request would never see its end.
-        if self.eos_token_id is not None and not _is_integer(self.eos_token_id):
+        if not all(_is_integer(token) for token in self.ends):
             raise ValueError(
-                f"request {self.id!r}: eos_token_id must be one integer or None, got {self.eos_token_id!r}"
+                f"request {self.id!r}: eos_token_id must be an integer, several or None, "
+                f"got {self.eos_token_id!r}"
             )
         if not _is_number(self.arrival_s) or not math.isfinite(self.arrival_s):
             raise ValueError(
                 f"request {self.id!r}: arrival_s must be a finite number, got {self.arrival_s!r}"
             )
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens that end it."""
+        if self.eos_token_id is None:
+            return ()
+        several = isinstance(self.eos_token_id, (list, tuple))
+        return self.eos_token_id if several else (self.eos_token_id,)
 
     @property
     def kv_tokens(self) -> int:

@@ -133,9 +133,8 @@ class Runner:
     def close(self) -> None:
         attention.ATTENTION.put_back(self.model)
 
-    def check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The prompt as a list, if the model can take it. Raises ValueError."""
-        ids = [int(token) for token in prompt]
+    def check_prompt(self, ids: Sequence[int], max_new_tokens: int) -> None:
+        """Raises ValueError if the model cannot take it."""
         bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
         if bad is not None:
             raise ValueError(f"prompt: token id {bad} is outside the vocabulary of {self.vocab_size}")
@@ -144,7 +143,6 @@ class Runner:
                 f"prompt: {len(ids)} prompt + {max_new_tokens} new tokens are more than the "
                 f"{self.max_positions} positions that the model has"
             )
-        return ids
 
     @contextlib.contextmanager
     def lane(self, name: str) -> Iterator[None]:

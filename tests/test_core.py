@@ -583,8 +583,8 @@ REFUSED = [
     ),
     ({"prompt": [1] * 70, "max_new_tokens": 31, "priority": LS}, r"need 101 .* can have 100 \(kv_tokens=100"),
     ({"id": "taken"}, "id 'taken' is in use"),
-    ({"eos_token_id": [1, 2]}, r"eos_token_id must be one integer or None, got \[1, 2\]"),
-    ({"eos_token_id": "</s>"}, "eos_token_id must be one integer or None, got '</s>'"),
+    ({"eos_token_id": [1, 2.0]}, r"eos_token_id must be an integer, several or None, got \[1, 2.0\]"),
+    ({"eos_token_id": "</s>"}, "eos_token_id must be an integer, several or None, got '</s>'"),
     ({"arrival_s": "now"}, "arrival_s must be a finite number, got 'now'"),
     ({"arrival_s": float("nan")}, "arrival_s must be a finite number, got nan"),
 ]

@@ -518,10 +518,13 @@ def test_tokens_stream_as_they_are_made(model):
         assert len(handle.request.tokens) == 8
 
 
-def test_an_end_of_sequence_token_ends_the_request(model):
+@pytest.mark.parametrize("several", [None, list, tuple])
+def test_an_end_of_sequence_token_ends_the_request(model, several):
+    """Or each of several, as generation_config.json may have them."""
     expected = generated(model, prompt(20), 8)
+    end = several((1000, expected[3])) if several else expected[3]
     with Engine(model, limits=LIMITS) as engine:
-        tokens = engine.submit(prompt(20), max_new_tokens=8, eos_token_id=expected[3]).result(WAIT_S)
+        tokens = engine.submit(prompt(20), max_new_tokens=8, eos_token_id=end).result(WAIT_S)
     assert tokens == expected[: expected.index(expected[3]) + 1]
 
 
@@ -689,7 +692,7 @@ def test_closing_ends_what_is_left(model):
         ({"prompt": [1], "top_p": 0.0}, "top_p must be in"),
         ({"prompt": "hello"}, "prompt must be one sequence of token ids, got 'hello'"),
         ({"prompt": [1], "max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
-        ({"prompt": [1], "eos_token_id": [0, 1]}, "eos_token_id must be one integer or None"),
+        ({"prompt": [1], "eos_token_id": [0, None]}, "eos_token_id must be an integer, several or None"),
     ],
 )
 def test_a_bad_request_is_refused_and_harms_nobody(model, arguments, message):
