@@ -126,7 +126,7 @@ class Engine:
         self._names = count()
         release_workers()  # this thread waits from now on; its workers would slow the lanes
         lanes = self.scheduler.policy.lanes
-        self._warm = threading.Barrier(len(lanes))
+        self._cold = len(lanes)
         self._threads = [
             threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes
         ]
@@ -211,7 +211,10 @@ class Engine:
         try:
             with self.runner.lane(lane):
                 self.runner.warm_up_lane()
-                self._warm.wait()  # Both, before one can pause the other and writes what requests own.
+                with self._changed:  # Both, before one can pause the other and writes what requests own.
+                    self._cold -= 1
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._cold == 0 or self._closing)
                 while (batch := self._next(lane)) is not None:
                     self._run(batch)
         except BaseException as bug:
@@ -225,7 +228,6 @@ class Engine:
                 if lane == FOREGROUND:
                     self.scheduler.release()
                 self._changed.notify_all()
-            self._warm.abort()
 
     def _next(self, lane: str) -> Batch | None:
         while True:

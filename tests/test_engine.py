@@ -137,6 +137,15 @@ def test_a_lane_that_cannot_be_warmed_fails_the_requests_and_hangs_nobody(model,
     assert not any(thread.is_alive() for thread in engine._threads)
 
 
+def test_an_engine_that_is_closed_at_once_kills_no_lane(model, monkeypatch):
+    """One lane may be gone before the other has seen that both were warm."""
+    died = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    for _ in range(15):
+        Engine(model, limits=LIMITS).close()
+    assert died == []
+
+
 @pytest.mark.parametrize(("device", "passes"), [("cuda", [0]), ("cpu", [])])
 def test_a_lane_is_warmed_by_a_prompt_and_a_token_on_a_gpu(device, passes):
     seen = []
