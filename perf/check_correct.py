@@ -195,10 +195,13 @@ def wrong_phases(tensors: Tensors) -> dict[str, Any]:
 
     Rows are sorted ones of gate_up, (token, k) pairs of down, tokens of combine.
     """
+    from qllm_ops.plan import plan_of
     from qllm_ops.triton_moe import TritonMoe
 
     hidden_states, gate_up_proj, down_proj, index, weight = tensors
-    run = TritonMoe(check_inputs(*tensors), None, 0, width=hidden_states.shape[1])
+    inputs = check_inputs(*tensors)
+    plan = plan_of(inputs, width=inputs.hidden_size)
+    run = TritonMoe(inputs, None, 0, plan=plan)
     for buffer in (run._intermediate, run._partial, run._output):
         buffer.fill_(float("nan"))
     run.launch_all()

@@ -109,7 +109,7 @@ def expected_us(c: Context, shape: Shape, num_tokens: int) -> dict[str, float]:
 
     At the rates of this device, and not at those that its tiles were chosen for.
     """
-    from qllm_ops.triton_moe import multiprocessors
+    from qllm_ops.plan import multiprocessors
 
     arch, (_, _, read_once) = arch_of(c.device), row_class(num_tokens, shape.top_k, shape.num_experts)
     sizes = phase_sizes(shape.top_k, shape.hidden_size, shape.intermediate_size)

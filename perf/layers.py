@@ -223,7 +223,7 @@ class Launches:
 
     def enqueue(self, poll: bool) -> None:
         """All phases on the current stream; ``poll`` or no poll: two different compilations."""
-        for phase in self._layer._phases:
+        for phase in self._layer.plan.phases:
             self._layer._launch(phase, poll=poll)
 
     def rewind(self) -> None:
@@ -233,14 +233,14 @@ class Launches:
     @property
     def tiles(self) -> dict[str, dict[str, int]]:
         """What each phase is compiled with."""
-        return {phase: asdict(config) for phase, config in self._layer.tiles.items()}
+        return {phase: asdict(config) for phase, config in self._layer.plan.tiles.items()}
 
     def compiled(self) -> dict[str, dict[str, Any]]:
         """Launch every phase, and tell of each what the compiler made of it and how many programs it has."""
         found = {}
-        for phase in self._layer._phases:
+        for phase in self._layer.plan.phases:
             kernel = self._layer._launch(phase, poll=False)
-            row = found[phase.kernel] = {"programs": self._layer._grid(phase)[0]}
+            row = found[phase.kernel] = {"programs": self._layer.plan.programs(phase)}
             if kernel is not None:  # in the interpreter it is
                 row |= {"registers": kernel.n_regs, "spills": kernel.n_spills}
                 row["shared_bytes"] = kernel.metadata.shared
@@ -249,7 +249,7 @@ class Launches:
     @property
     def programs(self) -> int:
         """Programs of the largest launch."""
-        return max(self._layer._grid(phase)[0] for phase in self._layer._phases)
+        return max(self._layer.plan.programs(phase) for phase in self._layer.plan.phases)
 
     def progress(self) -> dict[str, Any]:
         """Tiles done and in all, of each phase, and how often one was given back. Waits for the stream."""
@@ -294,7 +294,7 @@ def _marked(tensors: Tensors, device: torch.device) -> Iterator[tuple[str, Mark]
     yield "", Mark(device)
     layer = Launches(tensors, None)._layer
     yield "route", Mark(device)
-    for phase in layer._phases:
+    for phase in layer.plan.phases:
         layer._launch(phase, poll=False)
         yield phase.kernel, Mark(device)
 

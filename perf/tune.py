@@ -291,25 +291,28 @@ class PhaseRuns:
 
     @staticmethod
     def _computed(tensors: Tensors, tiles: dict[str, TileConfig]) -> Any:
+        from qllm_ops.plan import plan_of
         from qllm_ops.triton_moe import TritonMoe
 
         inputs = check_inputs(*tensors)
-        run = TritonMoe(inputs, None, 0, tiles=tiles, width=inputs.hidden_size)
+        run = TritonMoe(inputs, None, 0, plan=plan_of(inputs, tiles, inputs.hidden_size))
         run.launch_all()
         return run
 
     def _with_tiles(self, base: Any, config: TileConfig) -> tuple[Any, torch.Tensor]:
         """A run with other tiles in the phase, and the state in which only the phase is not done."""
+        from qllm_ops.plan import Plan
+
         run = copy.copy(base)
-        run.tiles = {**base.tiles, self.phase: config}
-        run._allocate_state()
+        run.plan = Plan(base.plan.signature, {**base.plan.tiles, self.phase: config}, base.plan.width)
+        run._state = run._state.new_empty(run.plan.state_words)
         run._route()
         run._rewind(PHASES.index(self.phase))
         return run, run._state.clone()
 
     def _launch(self, run: Any, start: torch.Tensor) -> None:
         run._state.copy_(start)
-        run._launch(run._phases[PHASES.index(self.phase)], poll=False)
+        run._launch(run.plan.phases[PHASES.index(self.phase)], poll=False)
 
     def _written(self, run: Any) -> torch.Tensor:
         return {"gate_up": run._intermediate, "down": run._partial, "combine": run._output}[self.phase]
@@ -318,13 +321,14 @@ class PhaseRuns:
         written = self._written(run)
         if self.phase != "down":
             return written
-        return written[: run.tiles["down"].split_k].float().sum(0).to(written.dtype)
+        return written[: run.plan.tiles["down"].split_k].float().sum(0).to(written.dtype)
 
 
 def compile_tiles(
     device: torch.device, shape: Shape, dtype: torch.dtype, num_tokens: int, tiles: dict[str, TileConfig]
 ) -> str | None:
     """Launch a layer in which no expert has a token, in a process that only compiles. The error, if any."""
+    from qllm_ops.plan import plan_of
     from qllm_ops.triton_moe import TritonMoe
 
     one = torch.zeros(1, dtype=dtype, device=device)
@@ -337,7 +341,7 @@ def compile_tiles(
         activation=Activation("silu"),
     )
     try:
-        TritonMoe(inputs, None, 0, tiles=tiles).launch_all()
+        TritonMoe(inputs, None, 0, plan=plan_of(inputs, tiles)).launch_all()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:

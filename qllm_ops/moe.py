@@ -143,18 +143,21 @@ def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expe
 def _moe(*tensors: Weight, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:
     inputs = check_inputs(*tensors, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
-    layer = _backend_class(_choose(backend, inputs))(inputs, flag, priority)
-    on_stream = hasattr(layer, "launch_all")
-    if flag is None and on_stream:
-        layer.launch_all()
-    elif flag is not None and flag.gate == "stream" and on_stream:
-        # What would stand still need not be launched, and this thread leaves the interpreter to others.
-        if not (layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            flag.wait(priority)
-        layer.launch_all(gated=True)
+    if _choose(backend, inputs) == "torch":
+        layer = TorchMoe(inputs, flag, priority)
     else:
-        while not layer.step(None):
-            flag.wait(priority)
+        layer = _backend_class("triton")(inputs, flag, priority, one_stream=True)
+        if flag is None:
+            layer.launch_all()
+            return layer.output
+        if flag.gate == "stream":
+            # What would stand still need not be launched, and this thread leaves the interpreter to others.
+            if not (layer.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                flag.wait(priority)
+            layer.launch_all(gated=True)
+            return layer.output
+    while not layer.step(None):
+        flag.wait(priority)
     return layer.output
 
 

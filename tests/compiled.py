@@ -17,11 +17,13 @@ from unittest import mock
 import torch
 from compiled_cases import CASES
 from ptx_device import Device
+from triton.runtime.jit import JITFunction
 
-from qllm_ops import FULL, PriorityFlag, triton_moe
-from qllm_ops.inputs import check_inputs
-from qllm_ops.kernels import moe as kernels
+from qllm_ops import FULL, PriorityFlag
+from qllm_ops import plan as plan_module
+from qllm_ops.inputs import MoeInputs, check_inputs
 from qllm_ops.kernels import tickets
+from qllm_ops.plan import Plan, signature_of
 from qllm_ops.testing import assert_close, assert_same_bits, poisoned_empty
 from qllm_ops.triton_moe import TritonMoe
 
@@ -32,11 +34,9 @@ DEVICES = {capability: Device(capability) for capability in (80, 90)}
 def compute(request: dict) -> dict:
     device, arch = DEVICES[request["capability"]], f"sm_{request['capability']}"
     device.use()
-    triton_moe.tiles_for.cache_clear()
-    triton_moe.compiled_with.cache_clear()
     with (
-        mock.patch.object(triton_moe, "arch_of", return_value=arch),
-        mock.patch.object(triton_moe, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(plan_module, "arch_of", return_value=arch),
+        mock.patch.object(plan_module, "multiprocessors", return_value=MULTIPROCESSORS),
         poisoned_empty(),
     ):
         return examine(device, *CASES[request["name"]])
@@ -44,30 +44,40 @@ def compute(request: dict) -> dict:
 
 def examine(device: Device, case, tiles, width) -> dict:
     inputs = check_inputs(**case.tensors())
-    whole = TritonMoe(inputs, None, 0, tiles=tiles, width=width)
+    plan = Plan(signature_of(inputs), tiles, width)  # All but the first launch of a kernel are kept ones.
+    whole = TritonMoe(inputs, None, 0, plan=plan)
     whole.launch_all()
     assert_close(whole.output, case)
     assert whole.tiles_done == whole.tiles_total
     record = {}
     for disturb in (pause_for_good, pause_and_share):
         flag, draw = PriorityFlag(), random.Random(case.seed)
-        run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width)
+        run = TritonMoe(inputs, flag, 0, plan=plan)
         record[disturb.__name__] = disturb(device, run, flag, draw)
         assert run.tiles_done == run.tiles_total == whole.tiles_total
         assert_same_bits(run.output, whole.output)
-    before = loaded_kernels(device)
-    with mock.patch("ptx.launch"):
-        routing = {
-            name: at_an_odd_address(getattr(inputs, name)) for name in ("top_k_index", "top_k_weights")
-        }
-        TritonMoe(replace(inputs, **routing), None, 0, tiles=tiles, width=width).launch_all()
-    record["loaded_for_other_addresses"] = loaded_kernels(device) - before
+    for name, which in (("routing", ("top_k_index", "top_k_weights")), ("hidden_states", ("hidden_states",))):
+        moved = replace(inputs, **{field: at_an_odd_address(getattr(inputs, field)) for field in which})
+        record[f"{name}_moved"] = compare_launches(moved, plan, Plan(plan.signature, tiles, width))
     return record
 
 
-def loaded_kernels(device: Device) -> int:
-    every = (kernels.route, kernels.gate_up, kernels.down, kernels.combine)
-    return sum(len(kernel.device_caches[device.get_current_device()][0]) for kernel in every)
+def compare_launches(inputs: MoeInputs, used: Plan, new: Plan) -> dict:
+    """Whether layers of both plans launch the same, and how many launches of each Triton had to look into."""
+    found, launched = {}, {}
+    for name, plan in (("used", used), ("new", new)):
+        with (
+            mock.patch("ptx.launch") as launch,
+            mock.patch.object(JITFunction, "run", autospec=True, side_effect=JITFunction.run) as by_triton,
+        ):
+            TritonMoe(inputs, None, 0, plan=plan).launch_all()
+        launched[name] = [
+            # Addresses of buffers differ, their sizes do not.
+            (code, threads, shared, [x if isinstance(x, int) else x.shape for x in passed], blocks)
+            for code, threads, shared, passed, blocks in (call.args for call in launch.call_args_list)
+        ]
+        found[name] = {"launches": launch.call_count, "by_triton": by_triton.call_count}
+    return {**found, "same": launched["used"] == launched["new"]}
 
 
 def at_an_odd_address(x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +120,7 @@ def pause_for_good(device: Device, run: TritonMoe, flag: PriorityFlag, draw: ran
 
 
 def programs(run: TritonMoe) -> int:
-    return max(run._grid(phase)[0] for phase in run._phases)
+    return max(run.plan.programs(phase) for phase in run.plan.phases)
 
 
 def pause_and_share(device: Device, run: TritonMoe, flag: PriorityFlag, draw: random.Random) -> dict:

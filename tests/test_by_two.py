@@ -1,7 +1,5 @@
 """Quantised weights widened two at a time, as on NVIDIA's cards: on one, or in an emulator."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import ptx
 import pytest
@@ -11,10 +9,9 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm_ops import QuantizedWeight, moe, quantize_fp8, quantize_int4, quantize_mxfp4, triton_moe
+from qllm_ops import QuantizedWeight, moe, plan, quantize_fp8, quantize_int4, quantize_mxfp4
 from qllm_ops.kernels.by_two import FUSED, WIDENING, by_two
 from qllm_ops.kernels.quantized import dequantize, group_rows, quantized_rows
-from qllm_ops.triton_moe import TritonMoe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,12 +185,9 @@ def test_scales_must_be_numbers_once_they_are_lifted(format, dtype, largest, tak
     ],
 )  # fmt: skip
 def test_a_run_widens_so_on_nvidia_in_16_bits(monkeypatch, arch, dtype, scale, taken):
-    monkeypatch.setattr(triton_moe, "arch_of", lambda device: arch)
+    monkeypatch.setattr(plan, "arch_of", lambda device: arch)
     weight = every_byte("mxfp4", torch.tensor([120, scale], dtype=torch.uint8))
-    run = SimpleNamespace(
-        device=torch.device("cpu"), inputs=SimpleNamespace(hidden_states=torch.empty(0, dtype=dtype))
-    )
-    assert TritonMoe._by_two(run, weight) == taken
+    assert plan.widened_by_two(weight, dtype, torch.device("cpu")) == taken
 
 
 @pytest.mark.parametrize(
@@ -204,7 +198,7 @@ def test_a_run_widens_so_on_nvidia_in_16_bits(monkeypatch, arch, dtype, scale, t
     ],
 )  # fmt: skip
 def test_rows_are_widened_so_where_they_are_whole_words(monkeypatch, format, columns, first_byte, taken):
-    monkeypatch.setattr(triton_moe, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(plan, "arch_of", lambda device: "sm_90")
     row_bytes = columns if format == "fp8" else columns // 2
     memory = torch.zeros(256, dtype=torch.uint8)
     first_byte += -memory.data_ptr() % 16
@@ -214,11 +208,7 @@ def test_rows_are_widened_so_where_they_are_whole_words(monkeypatch, format, col
     else:
         scales, block = torch.full((1, 2, 2), 127, dtype=torch.uint8), (1, 32)
     weight = QuantizedWeight(values, scales, format, block, columns)
-    run = SimpleNamespace(
-        device=torch.device("cpu"),
-        inputs=SimpleNamespace(hidden_states=torch.empty(0, dtype=torch.bfloat16)),
-    )
-    assert TritonMoe._by_two(run, weight) == taken
+    assert plan.widened_by_two(weight, torch.bfloat16, torch.device("cpu")) == taken
 
 
 QUANTIZERS = {
@@ -244,7 +234,7 @@ def test_a_layer_has_the_bits_of_one_that_is_widened_in_float32(monkeypatch, dty
     )  # fmt: skip
     wanted = moe(*arguments, backend="triton")
     calls = []
-    monkeypatch.setattr(TritonMoe, "_by_two", lambda self, weight: calls.append(weight) or True)
+    monkeypatch.setattr(plan, "widened_by_two", lambda weight, *_: calls.append(weight) or True)
     with ptx.emulated():
         got = moe(*arguments, backend="triton")
     assert calls, "nothing was widened two at a time"

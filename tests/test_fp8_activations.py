@@ -20,6 +20,7 @@ from qllm_ops.device import FLOAT8_CAPABILITY
 from qllm_ops.inputs import check_inputs
 from qllm_ops.kernels.quantized import keep_in_float16, round_to_float8
 from qllm_ops.kernels.quantized import quantize_rows as quantize_in_registers
+from qllm_ops.plan import plan_of
 from qllm_ops.quantized import quantize_rows, rounded_rows
 from qllm_ops.testing import (
     MoeCase,
@@ -276,10 +277,10 @@ def test_the_kernels_at_every_tile(tiles, dtype, sizes):
         activation=Activation("relu", limit=0.5, up_offset=1.0), fp8_activations=True,
     )  # fmt: skip
     inputs = check_inputs(**exact(case))
-    whole = TritonMoe(inputs, None, 0, tiles=tiles)
+    whole = TritonMoe(inputs, None, 0, plan=plan_of(inputs, tiles))
     whole.launch_all()
     close(whole.output, exact(case))
-    run = TritonMoe(inputs, PriorityFlag(), 0, tiles=tiles)
+    run = TritonMoe(inputs, PriorityFlag(), 0, plan=plan_of(inputs, tiles))
     steps = 0
     while not run.step(1):
         steps += 1

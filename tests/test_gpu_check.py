@@ -690,7 +690,7 @@ def test_enqueued_exits_measure_from_the_order_to_the_end(monkeypatch):
 def test_an_exit_is_expected_at_the_rates_of_the_device(monkeypatch):
     """Mixtral's down at T = 32: 32 rows of weights x 7168 columns x 2 bytes for each of two programs."""
     monkeypatch.setattr(check_latency, "arch_of", lambda device: "sm_90")
-    monkeypatch.setattr("qllm_ops.triton_moe.multiprocessors", lambda device: 132)
+    monkeypatch.setattr("qllm_ops.plan.multiprocessors", lambda device: 132)
     found = {}
     for bandwidth in (4.3e12, 3.0e12):
         ceilings = {"copy_bytes_per_s": {"p50": bandwidth}, "product_flops_per_s": {"p50": 790e12}}

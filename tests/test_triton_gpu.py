@@ -33,6 +33,12 @@ def triton_moe(*args, **kwargs):
     return TritonMoe(*args, **kwargs)
 
 
+def plan_of(*args, **kwargs):
+    from qllm_ops import plan
+
+    return plan.plan_of(*args, **kwargs)
+
+
 def load_kernels(*args):
     from qllm_ops.triton_moe import TritonMoe
 
@@ -221,26 +227,26 @@ def test_flips_at_random_change_no_bit(seed):
 def test_tiles_that_are_given_back_are_computed_once(seed):
     """Tickets pass through slots while programs come, leave and take: none is lost, none is done twice."""
     inputs = layer(2000, 2048, 2048, 16, 2, seed=seed)
-    plain = triton_moe(inputs, None, 0, tiles=EXITS)
+    plain = triton_moe(inputs, None, 0, plan=plan_of(inputs, EXITS))
     plain.launch_all()
     flag, given_back = PriorityFlag("cuda"), 0
     with flipped(flag, seed):
         for _ in range(60):
-            run = triton_moe(inputs, flag, 0, tiles=EXITS)
+            run = triton_moe(inputs, flag, 0, plan=plan_of(inputs, EXITS))
             torch.use_deterministic_algorithms(True)
             run._output.fill_(float("nan"))
             torch.use_deterministic_algorithms(False)
             while not run.step(random.choice((None, 500))):
                 flag.wait(0)
             assert torch.equal(run.output, plain.output)
-            assert not (run._state[-run._slots :] >= 0).any()
+            assert not (run._state[-run.plan.slots :] >= 0).any()
             given_back += run.tiles_taken - run.tiles_total
     assert given_back > 0
 
 
 def test_the_output_in_chunks_of_columns_has_the_same_bits():
     inputs = layer(900, 2048, 512, 8, 2)
-    whole, chunks = (triton_moe(inputs, None, 0, width=width) for width in (2048, 512))
+    whole, chunks = (triton_moe(inputs, None, 0, plan=plan_of(inputs, width=width)) for width in (2048, 512))
     for run in (whole, chunks):
         run.launch_all()
     assert torch.equal(whole.output, chunks.output)
@@ -281,13 +287,15 @@ def gated():
 @pytest.mark.parametrize("tiles", [None, EXITS], ids=["default", "exits"])
 def test_a_gated_layer_waits_on_the_device_and_not_on_the_host(gated, tiles):
     inputs = layer(3000, 1024, 1024, 8, 2)
-    plain = triton_moe(inputs, None, 0, tiles=tiles)
+    plain = triton_moe(inputs, None, 0, plan=plan_of(inputs, tiles))
     plain.launch_all()
-    triton_moe(inputs, gated, 0, tiles=tiles).step(None)  # loaded, as nothing can be while a stream is held
+    triton_moe(inputs, gated, 0, plan=plan_of(inputs, tiles)).step(
+        None
+    )  # loaded, as nothing can be while a stream is held
     gated.pause(0, "test")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runs = [triton_moe(inputs, gated, 0, tiles=tiles) for _ in range(4)]
+        runs = [triton_moe(inputs, gated, 0, plan=plan_of(inputs, tiles)) for _ in range(4)]
         for run in runs:
             run.launch_all(gated=True)
     finally:

@@ -5,7 +5,6 @@ atomic operation is flipped at a known place inside a launch: every such place c
 """
 
 import contextlib
-import copy
 import os
 import random
 import threading
@@ -22,19 +21,17 @@ from hypothesis import strategies as st
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; tests/test_triton_gpu.py is for GPUs", allow_module_level=True)
 
-from triton import language as tl
 from triton.runtime.interpreter import interpreter_builder
 
 from qllm_ops import FULL, PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import MoeInputs, check_inputs
-from qllm_ops.kernels import moe as kernels
-from qllm_ops.kernels import quantized as quantized_kernels
 from qllm_ops.kernels import tickets
+from qllm_ops.plan import plan_of, signature_of, tiles_for
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.testing import CLAMPED, LAYOUTS, QUANTIZED, MoeCase, in_float32, own_gate, own_norm, quantize
 from qllm_ops.tiles import INTERPRETER, TileConfig
-from qllm_ops.triton_moe import ROUNDS, TritonMoe, tiles_for
+from qllm_ops.triton_moe import ROUNDS, TritonMoe
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -123,7 +120,7 @@ def width(inputs: MoeInputs, tiles) -> int | None:
 
 
 def uninterrupted(inputs: MoeInputs, tiles=None) -> torch.Tensor:
-    run = TritonMoe(inputs, None, 0, tiles=tiles)
+    run = TritonMoe(inputs, None, 0, plan=plan_of(inputs, tiles))
     run.launch_all()
     return run.output
 
@@ -147,7 +144,9 @@ def assert_close(inputs: MoeInputs, output: torch.Tensor) -> None:
 
 def finish(run: TritonMoe, flag: PriorityFlag | None = None, quanta=(None,)):
     """Step until the run is done, resuming the class after each step that left; yields after every step."""
-    may_give_back = sum(run._grid(phase)[0] for phase in run._phases if run.tiles[phase.kernel].exit_k)
+    may_give_back = sum(
+        run.plan.programs(phase) for phase in run.plan.phases if run.plan.tiles[phase.kernel].exit_k
+    )
     thrown_away = 0
     for i in range(1000):
         finished = run.step(quanta[i % len(quanta)])
@@ -214,7 +213,9 @@ def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks
     flag = PriorityFlag()
     flag.share(0, share)
     with mock.patch("qllm_ops.triton_moe.COUNTED_PAIRS", 512 if counted else 0):
-        run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
+        run = TritonMoe(
+            inputs, flag, 0, plan=plan_of(inputs, tiles, width(inputs, tiles) if in_chunks else None)
+        )
     done = 0
     with flipping(flag, gaps):
         for quantum in finish(run, flag, quanta):
@@ -229,7 +230,7 @@ def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks
 def test_every_element_is_written_once(inputs, tiles, gaps, in_chunks):
     written = []
     flag = PriorityFlag()
-    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
+    run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles, width(inputs, tiles) if in_chunks else None))
     intermediate = run._intermediate  # what the kernel writes; a function's result may take its place
     with (
         flipping(flag, gaps),
@@ -245,7 +246,7 @@ def test_every_element_is_written_once(inputs, tiles, gaps, in_chunks):
         elements(intermediate, range(first, first + count)),
         *(
             elements(part, here.nonzero().view(-1).tolist(), phase.size)
-            for phase in run._phases
+            for phase in run.plan.phases
             if phase.kernel == "down"
             for part in run._partial
         ),
@@ -269,7 +270,7 @@ def test_launches_resume_without_the_host_knowing(inputs, gaps):
     if inputs.num_tokens:
         with flipping(flag, gaps):
             for _ in range(len(gaps) + 2):
-                for phase in run._phases:
+                for phase in run.plan.phases:
                     run._launch(phase)
                 flag.resume(0, "test")
         run._read()
@@ -301,7 +302,7 @@ def test_a_gated_layer_is_whole_however_often_it_is_paused(inputs, tiles, gaps, 
     expected = uninterrupted(inputs, tiles)
     flag = StreamGate()
     flag.share(0, share)
-    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles) if in_chunks else None)
+    run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles, width(inputs, tiles) if in_chunks else None))
     with flipping(flag, gaps):
         run.launch_all(gated=True)
     assert torch.equal(run.output, expected)
@@ -312,7 +313,7 @@ def test_the_last_launch_of_a_gated_phase_ignores_the_flag():
     """Paused again and again: every launch that may be left is, and none after the last is waited for."""
     inputs = layer(9, 29, 19, 3, 2)
     flag = StreamGate()
-    run = TritonMoe(inputs, flag, 0, tiles=TILES[1])
+    run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, TILES[1]))
     launches, launch = [], run._launch
 
     def paused_at_once(phase, poll=True):
@@ -375,7 +376,7 @@ def test_every_format_of_quantised_weights(format, tiles, sizes):
     expected = uninterrupted(inputs, tiles)
     assert_close(inputs, expected)
     flag = PriorityFlag()
-    run = TritonMoe(inputs, flag, 0, tiles=tiles, width=width(inputs, tiles))
+    run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles, width(inputs, tiles)))
     with flipping(flag, [3, 1, 5, 2]):
         list(finish(run, flag, quanta=(3, None)))
     assert torch.equal(run.output, expected)
@@ -507,7 +508,7 @@ def test_inputs_are_not_changed():
 
 def test_a_quantum_is_used_up_exactly_across_phases():
     inputs = layer(9, 29, 19, 3, 2)
-    run = TritonMoe(inputs, PriorityFlag(), 0, tiles=TILES[1])
+    run = TritonMoe(inputs, PriorityFlag(), 0, plan=plan_of(inputs, TILES[1]))
     counts = [run.tiles_done for _ in finish(run, quanta=(7,))]
     assert counts == [*range(7, run.tiles_total, 7), run.tiles_total]
     assert torch.equal(run.output, uninterrupted(inputs, TILES[1]))
@@ -542,12 +543,12 @@ def test_a_pause_past_its_deadline_ends_at_the_next_step():
 def test_a_flag_leaves_within_one_tile():
     """Paused at any atomic operation of a launch, no program takes another tile."""
     inputs = layer(9, 29, 19, 3, 2)
-    whole = TritonMoe(inputs, None, 0, tiles=TILES[1])
+    whole = TritonMoe(inputs, None, 0, plan=plan_of(inputs, TILES[1]))
     whole.launch_all()
     assert whole.tiles_total == whole.tiles_done
     for place in range(0, 2 * whole._totals[0], 5):
         flag = PriorityFlag()
-        run = TritonMoe(inputs, flag, 0, tiles=TILES[1])
+        run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, TILES[1]))
         with flipping(flag, [place]):
             run.step(None)
         # Atomics come in pairs, a poll and a ticket; a pause between the two comes too late for that tile.
@@ -561,10 +562,10 @@ def test_an_exit_inside_of_a_tile_gives_it_back():
     halfway = 0
     for place in range(0, 60, 3):
         flag = PriorityFlag()
-        run = TritonMoe(inputs, flag, 0, tiles=TILES[3])
+        run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, TILES[3]))
         with flipping(flag, [place]):
             run.step(None)
-        returned = run._state[-run._slots :]
+        returned = run._state[-run.plan.slots :]
         waiting = returned[returned >= 0].tolist()
         assert len(waiting) == run.tiles_taken - run.tiles_done <= 1  # programs run one after another
         halfway += len(waiting)
@@ -574,7 +575,7 @@ def test_an_exit_inside_of_a_tile_gives_it_back():
         run.step(1)
         if waiting:
             assert run._state[tickets.TICKETS.value].item() == taken
-            assert not (run._state[-run._slots :] >= 0).any()
+            assert not (run._state[-run.plan.slots :] >= 0).any()
         list(finish(run, flag))
         assert torch.equal(run.output, expected)
         assert run.tiles_taken == run.tiles_total + len(waiting)
@@ -586,7 +587,7 @@ def test_a_share_that_grows_is_taken_up_by_the_next_launch(tiles):
     inputs = layer(9, 29, 19, 3, 2)
     flag = PriorityFlag()
     flag.share(0, 1)
-    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles))
     seen = []
 
     def before(*_):
@@ -600,7 +601,7 @@ def test_a_share_that_grows_is_taken_up_by_the_next_launch(tiles):
         list(finish(run))
     assert torch.equal(run.output, uninterrupted(inputs, tiles))
     # Shrinking needs no new launch: those that have to go go, and the others stay.
-    run = TritonMoe(inputs, flag, 0, tiles=tiles)
+    run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles))
     seen.clear()
     with hooked("create_atomic_rmw", lambda *_: flag.share(0, 1)):
         assert run.step(None)
@@ -639,8 +640,8 @@ def test_memory_and_grids_do_not_depend_on_the_routing():
     runs = [TritonMoe(layer(9, experts=4, routing=routing), None, 0) for routing in ("one", "all", "any")]
     for attribute in ("_intermediate", "_partial", "_state", "_output"):
         assert len({getattr(run, attribute).shape for run in runs}) == 1
-    for phases in zip(*(run._phases for run in runs), strict=True):
-        assert len({run._grid(phase) for run, phase in zip(runs, phases, strict=True)}) == 1
+    for phases in zip(*(run.plan.phases for run in runs), strict=True):
+        assert len({run.plan.programs(phase) for run, phase in zip(runs, phases, strict=True)}) == 1
 
 
 @given(layers(fused=True), st.sets(st.integers(0, 5)), st.integers(0, 2**16))
@@ -656,32 +657,32 @@ def test_batch_invariance(inputs, chosen, seed):
 
 
 def test_tiles_of_a_batch_invariant_layer_do_not_depend_on_its_tokens(monkeypatch):
-    # Past the cache, which must not remember another device's tiles.
-    monkeypatch.setattr("qllm_ops.triton_moe.tiles_for", tiles_for.__wrapped__)
-    monkeypatch.setattr("qllm_ops.triton_moe.arch_of", lambda device: "sm_90")
-    monkeypatch.setattr(TritonMoe, "_route", lambda self: None)
+    monkeypatch.setattr("qllm_ops.plan.arch_of", lambda device: "sm_90")
     for hidden, intermediate, experts, top_k in ((64, 96, 4, 2), (256, 64, 40, 8), (32, 32, 1, 1)):
         runs = {
             invariant: [
-                TritonMoe(
-                    replace(layer(tokens, hidden, intermediate, experts, top_k), batch_invariant=invariant),
-                    None, 0,
-                ).tiles
-                for tokens in (1, 9, 50, 700)
+                tiles_for(signature_of(replace(a_layer, batch_invariant=invariant)))
+                for a_layer in (
+                    layer(tokens, hidden, intermediate, experts, top_k) for tokens in (1, 9, 50, 700)
+                )
             ]
             for invariant in (True, False)
-        }  # fmt: skip
+        }
         assert all(tiles == runs[True][0] for tiles in runs[True])
         assert any(tiles != runs[False][0] for tiles in runs[False])  # which is what it costs
 
 
 def test_max_exit_us_chooses_the_tiles(monkeypatch):
-    monkeypatch.setattr("qllm_ops.triton_moe.arch_of", lambda device: "sm_90")
-    sizes = (4096, 2, 8, 4096, 14336)
-    short, default, fast = (
-        tiles_for.__wrapped__(sizes, torch.bfloat16, torch.device("cpu"), us)
-        for us in (10.0, 30.0, float("inf"))
-    )
+    monkeypatch.setattr("qllm_ops.plan.arch_of", lambda device: "sm_90")
+    sizes = {
+        "num_tokens": 4096,
+        "top_k": 2,
+        "num_experts": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+    }
+    mixtral = signature_of(layer(dtype=torch.bfloat16))._replace(**sizes)
+    short, default, fast = (tiles_for(mixtral._replace(max_exit_us=us)) for us in (10.0, 30.0, float("inf")))
     assert short["down"].block_n <= default["down"].block_n <= fast["down"].block_n
     assert short != default != fast
     with pytest.raises(ValueError, match=r"max_exit_us must be a positive number.*got 0"):
@@ -697,7 +698,7 @@ def test_memory_is_what_the_docstring_says(inputs):
     float_parts = inputs.expert_norm is not None or (
         inputs.weight_format is not None and inputs.hidden_states.dtype == torch.bfloat16
     )
-    second = inputs.hidden_size * run.tiles["down"].split_k * (4 if float_parts else size)
+    second = inputs.hidden_size * run.plan.tiles["down"].split_k * (4 if float_parts else size)
     assert run._intermediate.nbytes + run._partial.nbytes == pairs * (first + second)
     assert run._state.nbytes == 4 * (98 + 3 * (inputs.num_experts + 1))
     if inputs.num_tokens and not inputs.weights_on_input:
@@ -764,16 +765,6 @@ def test_the_first_product_waits_for_an_activation_on_another_stream(monkeypatch
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: waited_for.append((x, stream)))
     run._activate()
     assert [(x is first, stream) for x, stream in waited_for] == [(True, "another stream")]
-
-
-@pytest.mark.parametrize("module", [kernels, quantized_kernels, tickets])
-def test_names_that_kernels_use_are_compared_quickly(module):
-    """Triton does so at every launch, 36 times a layer; two of tl.constexpr compare to a third, slowly."""
-    names = {name: value for name, value in vars(module).items() if isinstance(value, tl.constexpr)}
-    assert names
-    for name, value in names.items():
-        assert (value != copy.deepcopy(value)) is False, name
-        assert (value != type(value)(12345)) is True, name
 
 
 # -- a second thread ---------------------------------------------------------------------------------

@@ -18,12 +18,14 @@ pairs sorted by expert, so an expert owns a contiguous range of sorted rows, and
 
 What a run needs to be taken up again is one tensor, `state` (int32), which `tickets.py` describes. `route`
 writes all of it.
+
+A kernel's first arguments are tensors on whose alignment it may rely; then come those that change from run to
+run without any effect on how it is compiled; then what `qllm_ops.plan` decides.
 """
 
 import triton
 import triton.language as tl
 
-from qllm_ops.kernels.constant import Constant
 from qllm_ops.kernels.quantized import (
     CHUNK,
     INTERPRETED,
@@ -51,7 +53,7 @@ from qllm_ops.kernels.tickets import (
 
 # Row blocks of one expert that run side by side share a block of weights through the L2 cache; beyond
 # this many, the activations of the group would in turn be read from memory once per block of weights.
-GROUP_M = Constant(16)
+GROUP_M = tl.constexpr(16)
 
 
 @triton.jit
@@ -240,9 +242,9 @@ def below(x, LIMIT: tl.constexpr):
     do_not_specialize_on_alignment=["experts_ptr"],
 )
 def route(
-    experts_ptr,  # (P,) expert of every pair, or of every sorted row if not COUNT
     order_ptr,  # (P,) int64; written if COUNT
     state_ptr,
+    experts_ptr,  # (P,) expert of every pair, or of every sorted row if not COUNT
     num_pairs,
     num_experts,
     num_phases,
@@ -354,10 +356,10 @@ def gate_up(
     weight_scale_ptr,  # of quantised weights, as in quantized_rows; their row_stride is in bytes
     weight_zero_ptr,  # (E, R, zero_columns), rows of whole words; None: there are no zero points
     bias_ptr,  # (E, R)
-    scale_ptr,  # (T, K): what multiplies the sums of each pair, if SCALED
     intermediate_ptr,  # (P, I)
     order_ptr,  # (P,) int64
     state_ptr,
+    scale_ptr,  # (T, K): what multiplies the sums of each pair, if SCALED
     flag_ptr,
     share,
     quantum,
@@ -592,10 +594,10 @@ def down(
 )
 def combine(
     partial_ptr,  # (SPLIT_K, P, W)
-    index_ptr,  # (T, K)
-    weights_ptr,  # (T, K)
     output_ptr,  # (T, H)
     state_ptr,
+    index_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
     flag_ptr,
     share,
     quantum,

@@ -10,11 +10,10 @@ import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from qllm_ops.kernels.by_two import add_by_two, fma_by_two, int4_shift, lift, move_bits, multiply_by_two
-from qllm_ops.kernels.constant import Constant
 
 # Triton's interpreter multiplies bfloat16 numbers as if they were integers and cuts where it should round; it
 # has no arithmetic of float8.
-INTERPRETED = Constant(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -252,7 +251,7 @@ def weights_first(FORMAT, dtype, BLOCK_M, BLOCK_N):
 
 
 # Columns of four threads that read 8 each for mma.sync: 16 bytes of activations, a word of four-bit codes.
-CHUNK = Constant(32)
+CHUNK = tl.constexpr(32)
 
 
 @triton.constexpr_function

@@ -24,17 +24,16 @@ tests/tickets.py tries every order of these operations.
 import triton
 import triton.language as tl
 
-from qllm_ops.kernels.constant import Constant
 from qllm_ops.tiles import MAX_PHASES as _MAX_PHASES
 
-MAX_PHASES = Constant(_MAX_PHASES)
+MAX_PHASES = tl.constexpr(_MAX_PHASES)
 
-BUDGET = Constant(0)
-GIVEN_BACK = Constant(1)
-TICKETS = Constant(2)
-DONE = Constant(TICKETS + MAX_PHASES)
-TOTAL = Constant(DONE + MAX_PHASES)
-OFFSETS = Constant(TOTAL + MAX_PHASES)
+BUDGET = tl.constexpr(0)
+GIVEN_BACK = tl.constexpr(1)
+TICKETS = tl.constexpr(2)
+DONE = tl.constexpr(TICKETS + MAX_PHASES)
+TOTAL = tl.constexpr(DONE + MAX_PHASES)
+OFFSETS = tl.constexpr(TOTAL + MAX_PHASES)
 
 
 @triton.jit
