@@ -35,6 +35,7 @@ class Quantized(NamedTuple):
     block: tuple[int, int]
     scales_dtype: torch.dtype
     scale_columns: int
+    zeros_dtype: torch.dtype | None  # that of the scales: they share words
     zero_columns: int | None
     by_two: bool
 
@@ -95,10 +96,15 @@ def signature_of(x: MoeInputs) -> Signature:
 def _quantized(weight: Weight, dtype: torch.dtype, device: torch.device) -> Quantized | None:
     if not isinstance(weight, QuantizedWeight):
         return None
-    zero_columns = None if weight.zeros is None else weight.zeros.stride(1)
-    two = widened_by_two(weight, dtype, device)
+    scales, zeros = weight.scales, weight.zero_words
     return Quantized(
-        weight.values.shape[2], weight.block, weight.scales.dtype, weight.scales.stride(1), zero_columns, two
+        weight.values.shape[2],
+        weight.block,
+        scales.dtype,
+        scales.stride(1),
+        None if zeros is None else zeros.dtype,
+        None if zeros is None else zeros.stride(1),
+        widened_by_two(weight, dtype, device),
     )
 
 

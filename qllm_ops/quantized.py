@@ -66,13 +66,14 @@ class QuantizedWeight:
         values: (E, N, K) float8_e4m3fn, or (E, N, ceil(K / 2)) uint8 with two numbers a byte.
         scales: (E, ceil(N / block[0]), ceil(K / block[1])), positive and finite. float32 for "fp8"; bfloat16,
             float16 or float32 for "int4"; uint8 exponents n for "mxfp4", standing for 2 ** (n - 127). A copy
-            of what was given, if it takes one for rows to begin at multiples of 4 bytes.
+            of what was given, if it takes one for kernels to read them in words of 4 bytes.
         format: "fp8", "mxfp4" or "int4".
         block: rows and columns that share a scale; the last of either may be shorter. Columns are a power of
             two, at least 16. One row except in "fp8"; 32 columns in "mxfp4".
         columns: K.
         zeros: of an asymmetric "int4", uint8 of 0 to 15, in the shape of the scales; a half h stands for
-            (h - zero) * scale. None: all are 8. Copied as the scales are.
+            (h - zero) * scale. None: all are 8. Copied as the scales are; in groups of 128 or more, with
+            scales of 16 bits, into the same words.
         largest: no number is larger than this in magnitude.
 
     Raises:
@@ -94,9 +95,9 @@ class QuantizedWeight:
         self._check_values()
         self._check_scales()
         self._check_zeros()
-        object.__setattr__(self, "scales", _with_whole_words(self.scales))
-        if self.zeros is not None:
-            object.__setattr__(self, "zeros", _with_whole_words(self.zeros))
+        scales, zeros = _in_words(self.scales, self.zeros, self.block[1])
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "zeros", zeros)
         largest_scale = self._wide_scales(self.scales).max().item()
         object.__setattr__(self, "largest", self._largest_value * largest_scale)
 
@@ -228,8 +229,14 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        padded = [self.scales] if self.zeros is None else [self.scales, self.zeros]
+        zeros = self.zero_words
+        padded = [self.scales] if zeros is None or zeros is self.scales else [self.scales, zeros]
         return self.values.nbytes + sum(x.stride(0) * x.shape[0] * x.itemsize for x in padded)
+
+    @functools.cached_property
+    def zero_words(self) -> Tensor | None:
+        """Where kernels find the zero points: ``zeros``, or ``scales`` where they share words with these."""
+        return self.scales if _are_beside(self.scales, self.zeros) else self.zeros
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device."""
@@ -432,8 +439,39 @@ def _zeros_or_none(zeros: Tensor) -> Tensor | None:
     return None if (zeros == 8).all() else zeros
 
 
+def _in_words(scales: Tensor, zeros: Tensor | None, group: int) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points as kernels read them: in words of 4 bytes, the least that they load ahead."""
+    if zeros is None:
+        return _with_whole_words(scales), None
+    if not zeros_lie_beside(group, scales.dtype):
+        return _with_whole_words(scales), _with_whole_words(zeros)
+    if _are_beside(scales, zeros):
+        return scales, zeros
+    words = scales.new_zeros(*scales.shape, 2)
+    words[..., 0] = scales
+    beside = words.view(torch.uint8)[..., 2]
+    beside.copy_(zeros)
+    return words[..., 0], beside
+
+
+def zeros_lie_beside(group: int, scales: torch.dtype) -> bool:
+    """Whether a zero point shares a word with its scale, two bytes further.
+
+    Where a tile has one group of a row, kernels would have to choose another byte of a word at each turn, for
+    which they take the weights through shared memory. In shorter groups a word each is too much memory.
+    """
+    return group >= 128 and scales.itemsize == 2
+
+
+def _are_beside(scales: Tensor, zeros: Tensor | None) -> bool:
+    if zeros is None or scales.itemsize != 2 or scales.stride(2) != 2:
+        return False
+    doubled = tuple(2 * stride for stride in scales.stride())
+    return zeros.stride() == doubled and zeros.data_ptr() == scales.data_ptr() + 2
+
+
 def _with_whole_words(scales: Tensor) -> Tensor:
-    """The scales, with rows that begin at multiples of 4 bytes, the least that kernels load ahead.
+    """The scales, with rows that begin at multiples of 4 bytes.
 
     What lies between rows is read, and multiplied by zero: it must be numbers, so it is never the caller's.
     """

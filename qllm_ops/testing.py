@@ -69,8 +69,8 @@ def own_norm(rows: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 0.1)).to(rows.dtype)
 
 
-QUANTIZED = (*FORMATS, "int4_asymmetric")
-"""How `MoeCase` quantises weights: the formats, and int4 once more with zero points."""
+QUANTIZED = (*FORMATS, "int4_asymmetric", "int4_asymmetric_128")
+"""How `MoeCase` quantises weights: the formats, and int4 with zero points, in short groups and in long."""
 
 
 def quantize(weight: Tensor, format: str, fp8_activations: bool = False) -> QuantizedWeight:
@@ -79,7 +79,8 @@ def quantize(weight: Tensor, format: str, fp8_activations: bool = False) -> Quan
         return quantize_fp8(weight, block=(12, 128 if fp8_activations else 16))
     if format == "mxfp4":
         return quantize_mxfp4(weight)
-    return quantize_int4(weight, 16, symmetric=format != "int4_asymmetric")
+    group = 128 if format.endswith("_128") else 16
+    return quantize_int4(weight, group, symmetric="asymmetric" not in format)
 
 
 def in_float32(tensors: dict[str, Any]) -> dict[str, Any]:

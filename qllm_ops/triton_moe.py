@@ -319,5 +319,5 @@ def stored(
     """The tensors of a product's weights as its kernel takes them: weight, scales, zero points, bias."""
     bias = nothing if bias is None else bias
     if isinstance(weight, QuantizedWeight):
-        return weight.values.view(torch.uint8), weight.scales, weight.zeros, bias
+        return weight.values.view(torch.uint8), weight.scales, weight.zero_words, bias
     return weight, nothing, None, bias

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm_ops.kernels import moe
+from qllm_ops.quantized import zeros_lie_beside
 from qllm_ops.tiles import TileConfig, compile_options
 
 TARGETS = {
@@ -120,7 +121,8 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         if request["dtype"] == "bf16" and request["format"] != "fp8_w8a8":
             arguments["partial_ptr"] = "*fp32"
     if (request.get("format") or "").endswith("_asymmetric"):
-        arguments["weight_zero_ptr"] = "*u8"
+        beside = zeros_lie_beside(quantized["GROUP_K"], DTYPES[request["dtype"]])
+        arguments["weight_zero_ptr"] = "*T" if beside else "*u8"
     else:
         arguments["zero_columns"] = "constexpr"
         constants |= {"weight_zero_ptr": None, "zero_columns": None}

@@ -17,7 +17,7 @@ from compile_kernels import DTYPES, TARGETS
 from triton.compiler import ASTSource
 
 from qllm_ops.kernels.moe import multiply
-from qllm_ops.kernels.quantized import group_rows, quantized_rows
+from qllm_ops.kernels.quantized import quantized_rows, zero_rows
 from qllm_ops.tiles import TileConfig, compile_options
 
 N, BLOCK_K, WARPS, STAGES = 64, 128, 4, 4
@@ -36,7 +36,7 @@ def products(
     if zero_ptr is None:
         zero_ptrs = None
     else:
-        zero_ptrs = group_rows(zero_ptr, tl.program_id(0), n, N, zero_columns, 1)
+        zero_ptrs = zero_rows(zero_ptr, scale_ptrs, tl.program_id(0), n, N, zero_columns)
     sums, _ = multiply(
         a_ptr, m, columns, value_ptrs, 1, n < N, scale_ptrs, zero_ptrs, 0, columns,
         a_ptr, FORMAT, GROUP_K, True, False, EVEN, M, N, BLOCK_K, STAGES, 0, False,
@@ -51,7 +51,7 @@ def compile_products(request: dict, directory: Path) -> dict:
     }  # fmt: skip
     types = {
         "a_ptr": f"*{request['dtype']}", "value_ptr": "*u8", "scale_ptr": f"*{request['scale']}",
-        "zero_ptr": "*u8", "output_ptr": "*fp32",
+        "zero_ptr": f"*{request['zeros']}", "output_ptr": "*fp32",
         **dict.fromkeys(("columns", "row_bytes", "scale_columns", "zero_columns"), "i32"),
     }  # fmt: skip
     if not request["zeros"]:

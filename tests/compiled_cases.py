@@ -44,6 +44,7 @@ CASES = {
     "int4": (MoeCase(20, 256, 128, 3, 2, H, quantized="int4"), None, None),
     "int4, 8 rows": (MoeCase(5, 256, 128, 3, 2, B, quantized="int4"), None, None),
     "int4 with zero points": (MoeCase(5, 256, 128, 3, 2, B, quantized="int4_asymmetric"), None, None),
+    "int4, zero points beside": (MoeCase(5, 256, 160, 3, 2, B, quantized="int4_asymmetric_128"), None, None),
 }  # fmt: skip
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -51,7 +52,7 @@ DEFAULT = {
     "plain": (80, 90), "parts, a branch of threads": (90,), "float32": (80,), "exits": (80, 90),
     "chunks of columns": (90,), "more pairs than are counted": (80,), "transposed": (90,), "shipped": (90,),
     "fp8, 64 rows": (80,), "fp8, 8 rows": (90,), "float8 by float8": (90,), "mxfp4": (90,),
-    "int4 with zero points": (80,),
+    "int4 with zero points": (80,), "int4, zero points beside": (90,),
 }  # fmt: skip
 # Tiles of 64 rows are wgmma on sm_90, which tests/ptx.py does not know; sm_80 does not multiply float8.
 CARDS = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qllm_ops import QuantizedWeight, moe, plan, quantize_fp8, quantize_int4, quantize_mxfp4
 from qllm_ops.kernels.by_two import FUSED, WIDENING, by_two
-from qllm_ops.kernels.quantized import dequantize, group_rows, quantized_rows
+from qllm_ops.kernels.quantized import dequantize, quantized_rows, zero_rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ def dequantize_rows(
     )
     zero_ptrs = None
     if zero_ptr is not None:
-        zero_ptrs = group_rows(zero_ptr, tl.program_id(0), n, rows, zero_columns, 1)
+        zero_ptrs = zero_rows(zero_ptr, scale_ptrs, tl.program_id(0), n, rows, zero_columns)
     for k in tl.range(0, columns, K):
         weights = dequantize(
             value_ptrs, scale_ptrs, zero_ptrs, k, columns, output_ptr.dtype.element_ty,
@@ -85,10 +85,11 @@ def dequantize_rows(
 def widened(weight: QuantizedWeight, dtype: torch.dtype, scaled: bool = True) -> torch.Tensor:
     """What the kernels make of it, two numbers at a time."""
     weight, output = weight.to(DEVICE), torch.empty(ROWS, weight.columns, dtype=dtype, device=DEVICE)
-    strides = weight.scales.stride(1), None if weight.zeros is None else weight.zeros.stride(1)
+    zeros = weight.zero_words
+    strides = weight.scales.stride(1), None if zeros is None else zeros.stride(1)
     with ptx.emulated():
         dequantize_rows[(1,)](
-            weight.values.view(torch.uint8), weight.scales, weight.zeros, output, ROWS,
+            weight.values.view(torch.uint8), weight.scales, zeros, output, ROWS,
             weight.values.shape[2], *strides, weight.columns, weight.format, *weight.block,
             scaled, ROWS, BLOCK_K,
         )  # fmt: skip

@@ -117,7 +117,7 @@ def arguments(case, flag=-1, priority=0, backend="torch"):
         scales = tuple(tensor for weight in both for tensor in (weight.scales, weight.zeros))
         lists = (*(list(w.block) for w in both), [w.columns for w in both], [w.largest for w in both])
         given |= {"gate_up_proj": both[0].values, "down_proj": both[1].values}
-    format = case.quantized and case.quantized.removesuffix("_asymmetric")
+    format = case.quantized and case.quantized.partition("_")[0]
     return (
         *(given[name] for name in five), *scales, given.get("gate_up_bias"), given.get("down_bias"),
         format, *lists,

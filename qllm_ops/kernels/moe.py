@@ -32,11 +32,11 @@ from qllm_ops.kernels.quantized import (
     add_products_of_weights,
     dequantize,
     float8_products,
-    group_rows,
     in_chunks,
     narrow,
     quantized_rows,
     weights_first,
+    zero_rows,
 )
 from qllm_ops.kernels.tickets import (
     DONE,
@@ -164,7 +164,7 @@ def add_products(
 ):
     ks = tl.arange(0, BLOCK_K)
     WEIGHTS_FIRST: tl.constexpr = len(sums.shape) == 3
-    if in_chunks(WEIGHTS_FIRST, BY_TWO, FORMAT, GROUP_K, zero_ptrs is not None):
+    if in_chunks(WEIGHTS_FIRST, BY_TWO, FORMAT, GROUP_K, zero_ptrs):
         # Shared memory then has the rows of a chunk side by side, for threads to read from different banks.
         M: tl.constexpr = a_rows.shape[0]
         CHUNKS: tl.constexpr = BLOCK_K // CHUNK
@@ -354,7 +354,7 @@ def gate_up(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (E, R, H): R = 2I rows of gate and up, or I without a gate; strides below
     weight_scale_ptr,  # of quantised weights, as in quantized_rows; their row_stride is in bytes
-    weight_zero_ptr,  # (E, R, zero_columns), rows of whole words; None: there are no zero points
+    weight_zero_ptr,  # as in zero_rows; None: there are no zero points
     bias_ptr,  # (E, R)
     intermediate_ptr,  # (P, I)
     order_ptr,  # (P,) int64
@@ -435,7 +435,7 @@ def gate_up(
         if weight_zero_ptr is None:
             zero_ptrs = None
         else:
-            zero_ptrs = group_rows(weight_zero_ptr, expert, weights, weight_rows, zero_columns, 1)
+            zero_ptrs = zero_rows(weight_zero_ptr, scale_ptrs, expert, weights, weight_rows, zero_columns)
         sums, whole = multiply(
             hidden_ptr, tokens, hidden_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
@@ -558,8 +558,8 @@ def down(
         if weight_zero_ptr is None:
             zero_ptrs = None
         else:
-            zero_ptrs = group_rows(
-                weight_zero_ptr, expert, chunk_begin + weights, hidden_size, zero_columns, 1
+            zero_ptrs = zero_rows(
+                weight_zero_ptr, scale_ptrs, expert, chunk_begin + weights, hidden_size, zero_columns
             )
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
         begin = part * part_size

@@ -29,23 +29,33 @@ def quantized_rows(
 ):
     """Where an expert's rows begin, and the first scale of each."""
     first = expert.to(tl.int64) * weight_rows
-    return (
-        weight_ptr + (first + rows) * row_bytes,
-        group_rows(weight_scale_ptr, expert, rows, weight_rows, scale_columns, GROUP_N),
-    )
+    groups = expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N
+    return weight_ptr + (first + rows) * row_bytes, weight_scale_ptr + groups * scale_columns
 
 
 @triton.jit
-def group_rows(ptr, expert, rows, weight_rows, columns, GROUP_N: tl.constexpr):
-    """The first scale, or zero point, of each row."""
-    return ptr + (expert.to(tl.int64) * tl.cdiv(weight_rows, GROUP_N) + rows // GROUP_N) * columns
+def zero_rows(
+    weight_zero_ptr,  # (E, R, zero_columns), rows of whole words; the scales', if they are `zeros_beside`
+    scale_ptrs,  # of `quantized_rows`
+    expert,
+    rows,
+    weight_rows,
+    zero_columns,
+):
+    """The first zero point of each row."""
+    if zeros_beside(weight_zero_ptr):
+        ptrs = scale_ptrs
+    else:
+        ptrs = weight_zero_ptr + (expert.to(tl.int64) * weight_rows + rows) * zero_columns
+    return ptrs
 
 
 @triton.jit
 def dequantize(
     value_ptrs,  # to the first byte of each row
     scale_ptrs,
-    zero_ptrs,  # to the first zero point of each row, in whole words too; None: there are none
+    zero_ptrs,  # to the first zero point of each row, in whole words too, or scale_ptrs: they lie beside
+    # their scales. None: there are none.
     k,
     stop,
     dtype: tl.constexpr,
@@ -57,7 +67,8 @@ def dequantize(
     BLOCK_K: tl.constexpr,
 ):
     """Columns k to k + BLOCK_K of some rows of weights, in dtype. From ``stop`` on, any finite numbers."""
-    WORDS: tl.constexpr = BY_TWO and in_words(FORMAT, GROUP_K, zero_ptrs is not None)
+    BESIDE: tl.constexpr = zeros_beside(zero_ptrs)
+    WORDS: tl.constexpr = BY_TWO and in_words(FORMAT, GROUP_K, zero_ptrs)
     PACKED: tl.constexpr = (1 if FORMAT == "fp8" else 2) * (4 if WORDS else 1)
     places = tl.arange(0, BLOCK_K // PACKED)
     if WORDS:
@@ -73,11 +84,12 @@ def dequantize(
         values = tl.load(value_ptrs + k // PACKED, mask=inside[None, :], other=0)
     zeros = None
     if zero_ptrs is not None:
-        zeros = load_groups(zero_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255
+        zeros = load_groups(zero_ptrs, k, stop, GROUP_K, BESIDE, EVEN, BLOCK_K)
+        zeros = (zeros >> 16 if BESIDE else zeros) & 255
     if BY_TWO:
         wide = widen_by_two(values, zeros, dtype, FORMAT)
         if SCALED:
-            wide = scale_by_two(wide, scale_ptrs, k, stop, FORMAT, GROUP_K, EVEN)
+            wide = scale_by_two(wide, scale_ptrs, k, stop, FORMAT, GROUP_K, BESIDE, EVEN)
         elif lift(FORMAT, dtype) != 0:
             wide = multiply_by_two(wide, tl.full(wide.shape, 2.0 ** lift(FORMAT, dtype), dtype))
     else:
@@ -88,7 +100,8 @@ def dequantize(
             wide += over_columns(8 - zeros.to(tl.float16), BLOCK_K)
         wide = wide.to(tl.float32)
         if SCALED:
-            wide *= over_columns(load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K), BLOCK_K)
+            scales = load_scales(scale_ptrs, k, stop, GROUP_K, BESIDE, EVEN, BLOCK_K)
+            wide *= over_columns(scales, BLOCK_K)
         wide = narrow(wide, dtype)
     return wide
 
@@ -108,7 +121,10 @@ def widen_by_two(values, zeros, dtype: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def scale_by_two(wide, scale_ptrs, k, stop, FORMAT: tl.constexpr, GROUP_K: tl.constexpr, EVEN: tl.constexpr):
+def scale_by_two(
+    wide, scale_ptrs, k, stop, FORMAT: tl.constexpr, GROUP_K: tl.constexpr, BESIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
     """Columns of `widen_by_two`, lifted and scaled.
 
     A scale of more digits than theirs is taken as a sum of two numbers, and with it the product: before it is
@@ -121,10 +137,10 @@ def scale_by_two(wide, scale_ptrs, k, stop, FORMAT: tl.constexpr, GROUP_K: tl.co
         powers = load_powers(scale_ptrs, k, stop, LIFT, wide.dtype, GROUP_K, EVEN, BLOCK_K)
         wide = multiply_by_two(wide, over_columns(powers, BLOCK_K))
     elif dtype == wide.dtype:
-        words = load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        words = load_groups(scale_ptrs, k, stop, GROUP_K, BESIDE, EVEN, BLOCK_K)
         wide = multiply_by_two(wide, over_columns(words.to(tl.int16).to(dtype, bitcast=True), BLOCK_K))
     else:
-        scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) * 2.0**LIFT
+        scales = load_scales(scale_ptrs, k, stop, GROUP_K, BESIDE, EVEN, BLOCK_K) * 2.0**LIFT
         high = scales.to(wide.dtype)
         low = over_columns((scales - high.to(tl.float32)).to(wide.dtype), BLOCK_K)
         wide = fma_by_two(wide, over_columns(high, BLOCK_K), multiply_by_two(wide, low))
@@ -139,10 +155,13 @@ def over_columns(groups, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_scales(scale_ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_scales(
+    scale_ptrs, k, stop, GROUP_K: tl.constexpr, BESIDE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The scales of columns k to k + BLOCK_K of some rows, float32: (rows, 1), or one for every GROUP_K."""
     dtype: tl.constexpr = scale_ptrs.dtype.element_ty
-    words = load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    words = load_groups(scale_ptrs, k, stop, GROUP_K, BESIDE, EVEN, BLOCK_K)
     if dtype == tl.uint8:  # The exponent of a float32; 0 is of numbers without a leading 1.
         words = words & 255
         scales = tl.where(words == 0, 0x00400000, words << 23).to(tl.float32, bitcast=True)
@@ -160,27 +179,29 @@ def load_powers(
 ):  # fmt: skip
     """The scales of "mxfp4" times 2 ** LIFT, in a dtype of 16 bits: (rows, 1), or one for every GROUP_K."""
     if dtype == tl.bfloat16 and 4 * GROUP_K <= BLOCK_K:  # by two as well, in whole words
-        words = load_words(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        words = load_words(scale_ptrs, k, stop, GROUP_K, False, EVEN, BLOCK_K)
         even = (words & 0x00FF00FF) * 0x80 + LIFT * 0x00800080  # to the exponents, 7 bits up
         odd = ((words >> 8) & 0x00FF00FF) * 0x80 + LIFT * 0x00800080
         halves = tl.join(tl.join(even, even >> 16), tl.join(odd, odd >> 16)).to(tl.int16)
         powers = tl.reshape(halves, (words.shape[0], 4 * words.shape[1])).to(tl.bfloat16, bitcast=True)
     else:
-        exponents = (load_groups(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K) & 255) + LIFT
+        exponents = (load_groups(scale_ptrs, k, stop, GROUP_K, False, EVEN, BLOCK_K) & 255) + LIFT
         powers = (exponents << 23).to(tl.float32, bitcast=True).to(dtype)
     return powers
 
 
 @triton.jit
-def load_groups(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_groups(
+    ptrs, k, stop, GROUP_K: tl.constexpr, ALONE: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """What groups of columns k to k + BLOCK_K have, in the lowest bits of integers; above them is anything.
 
-    GROUP_K is a multiple of BLOCK_K, or a part of it.
+    GROUP_K is a multiple of BLOCK_K, or a part of it. ALONE: each has a word of its own.
     """
-    BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = 32 if ALONE else ptrs.dtype.element_ty.primitive_bitwidth
     IN_WORD: tl.constexpr = 32 // BITS
     GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
-    words = load_words(ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    words = load_words(ptrs, k, stop, GROUP_K, ALONE, EVEN, BLOCK_K)
     if BITS == 32:
         groups = words
     elif GROUPS < IN_WORD:
@@ -196,12 +217,14 @@ def load_groups(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def load_words(ptrs, k, stop, GROUP_K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_words(
+    ptrs, k, stop, GROUP_K: tl.constexpr, ALONE: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """What groups of columns k to k + BLOCK_K have, as it lies, with some neighbours: words of 4 bytes.
 
     Fewer cannot be copied to shared memory while others are multiplied.
     """
-    BITS: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = 32 if ALONE else ptrs.dtype.element_ty.primitive_bitwidth
     IN_WORD: tl.constexpr = 32 // BITS
     GROUPS: tl.constexpr = BLOCK_K // GROUP_K if BLOCK_K > GROUP_K else 1
     WORDS: tl.constexpr = GROUPS // IN_WORD if GROUPS > IN_WORD else 1
@@ -255,20 +278,27 @@ CHUNK = tl.constexpr(32)
 
 
 @triton.constexpr_function
-def in_words(FORMAT, GROUP_K, has_zeros):
+def zeros_beside(zero_ptrs):
+    """Whether zero points are in the words of their scales, 16 bits up: the pointers are the scales' then."""
+    return zero_ptrs is not None and zero_ptrs.dtype.scalar.element_ty.primitive_bitwidth == 16
+
+
+@triton.constexpr_function
+def in_words(FORMAT, GROUP_K, zero_ptrs):
     """Whether codes are widened by words, and not by bytes.
 
     All are but those that Triton sends through shared memory again, where bytes meet fewer conflicts: those
     where half of the threads want another half of a word of scales (groups of 16), or each turn of the loop
-    another byte of a word of zero points (groups of 64 and more).
+    another byte of a word of zero points (groups of 64 and more, where they do not lie beside their scales).
     """
-    return FORMAT != "int4" or (GROUP_K >= 32 and not (has_zeros and GROUP_K > 32))
+    apart = zero_ptrs is not None and not zeros_beside(zero_ptrs)
+    return FORMAT != "int4" or (GROUP_K >= 32 and not (apart and GROUP_K > 32))
 
 
 @triton.constexpr_function
-def in_chunks(weights_first, by_two, FORMAT, GROUP_K, has_zeros):
+def in_chunks(weights_first, by_two, FORMAT, GROUP_K, zero_ptrs):
     """Whether activations come in chunks, to be multiplied in the order that registers have them in."""
-    return weights_first and by_two and in_words(FORMAT, GROUP_K, has_zeros) and not INTERPRETED.value
+    return weights_first and by_two and in_words(FORMAT, GROUP_K, zero_ptrs) and not INTERPRETED.value
 
 
 @triton.jit
@@ -296,7 +326,7 @@ def add_products_of_weights(
     )  # fmt: skip
     SIXTEENS: tl.constexpr = sums.shape[0]
     M: tl.constexpr = sums.shape[2]
-    if in_chunks(True, BY_TWO, FORMAT, GROUP_K, zero_ptrs is not None):
+    if in_chunks(True, BY_TWO, FORMAT, GROUP_K, zero_ptrs):
         # The even pairs of a chunk's columns go first, then the odd ones. mma.sync takes one of each, in two
         # registers side by side; so a thread's 8 columns need not be moved there.
         CHUNKS: tl.constexpr = BLOCK_K // CHUNK
@@ -314,7 +344,7 @@ def add_products_of_weights(
         sums = tl.dot(w, a, sums, input_precision="ieee")
     else:
         products = tl.dot(w, a, input_precision="ieee")
-        scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+        scales = load_scales(scale_ptrs, k, stop, GROUP_K, zeros_beside(zero_ptrs), EVEN, BLOCK_K)
         sums += products * tl.reshape(scales, (SIXTEENS, 16, 1))
     return sums
 
@@ -339,7 +369,7 @@ def float8_products(
     than 128 products are left to it.
     """
     tl.static_assert(BLOCK_K == 128, "activations share a scale by 128 columns")
-    b_scales = load_scales(scale_ptrs, k, stop, GROUP_K, EVEN, BLOCK_K)
+    b_scales = load_scales(scale_ptrs, k, stop, GROUP_K, False, EVEN, BLOCK_K)
     if not INTERPRETED:  # Pointers to float8, for the copies to end where the products read them.
         value_ptrs = value_ptrs.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
     ks = tl.arange(0, BLOCK_K)
