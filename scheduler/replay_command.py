@@ -127,7 +127,7 @@ def _limits(o: SimpleNamespace) -> Limits:
     with _bad_input(ValueError):
         return Limits(
             kv_tokens=o.kv_tokens,
-            kv_reserve=o.kv_tokens // 8 if o.kv_reserve is None else o.kv_reserve,
+            kv_reserve=o.kv_reserve,
             max_batch=o.max_batch,
             prefill_tokens=o.prefill_tokens,
             top_up_tokens=o.top_up_tokens,

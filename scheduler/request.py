@@ -54,7 +54,7 @@ class Sampling:
 
     def __post_init__(self):
         for name in ("temperature", "top_p"):
-            if not _is_number(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature!r}")
@@ -77,7 +77,7 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -121,7 +121,7 @@ class Request:
                 f"request {self.id!r}: eos_token_id must be an integer, several or None, "
                 f"got {self.eos_token_id!r}"
             )
-        if not _is_number(self.arrival_s) or not math.isfinite(self.arrival_s):
+        if not is_number(self.arrival_s) or not math.isfinite(self.arrival_s):
             raise ValueError(
                 f"request {self.id!r}: arrival_s must be a finite number, got {self.arrival_s!r}"
             )
