@@ -66,7 +66,7 @@ def run(o: SimpleNamespace, given: set[str], out: Console) -> list[str]:
         What went wrong in the replay, one sentence each: different tokens, requests that failed.
 
     Raises:
-        BadInput: before anything is replayed.
+        BadInput: before anything is replayed, or at the end, when the files cannot be written.
     """
     _check_options(o, given)
     limits = _limits(o)
@@ -111,6 +111,8 @@ def _check_options(o: SimpleNamespace, given: set[str]) -> None:
         value = getattr(o, name)
         if value is not None and value < least:
             raise BadInput(f"{_flag(name)} must be at least {least}, got {value}")
+    if o.seed >= 2**63:  # torch's generator takes no larger one
+        raise BadInput(f"--seed must be below 2**63, got {o.seed}")
     for name in ("duration", "slo", "drain_timeout"):
         value = getattr(o, name)
         if value is not None and not 0 < value < math.inf:
@@ -163,7 +165,32 @@ def _arrivals(o: SimpleNamespace) -> tuple[list[workload.Arrival], list[str]]:
                 raise BadInput(
                     f"--rate {o.rate:g} brings no request in --duration {o.duration:g} (--seed {o.seed})"
                 )
-    return arrivals[: o.max_requests], [str(warning.message) for warning in said]
+    arrivals = arrivals[: o.max_requests]
+    _check_classes(o, arrivals)
+    return arrivals, [str(warning.message) for warning in said]
+
+
+def _check_classes(o: SimpleNamespace, arrivals: list[workload.Arrival]) -> None:
+    """Policies differ where both classes meet. A load of one alone is replayed if it was asked for."""
+    traces = o.ls_trace or o.be_trace
+    asked = {
+        "LS": o.ls_trace if traces else o.ls_fraction > 0,
+        "BE": o.be_trace if traces else o.ls_fraction < 1,
+    }
+    came = {"LS" if arrival.priority >= workload.LS else "BE" for arrival in arrivals}
+    for cls in asked:
+        if not asked[cls] or cls in came:
+            continue
+        if o.max_requests is not None and len(arrivals) == o.max_requests:
+            raise BadInput(
+                f"no {cls} request is among the earliest --max-requests {o.max_requests}; raise it"
+            )
+        fraction = 0 if cls == "LS" else 1
+        raise BadInput(
+            f"no {cls} request arrives in --duration {o.duration:g} at --rate {o.rate:g} with --ls-fraction "
+            f"{o.ls_fraction:g} (--seed {o.seed}); raise --duration or --rate, or ask for no {cls} with "
+            f"--ls-fraction {fraction}"
+        )
 
 
 def _describe(o: SimpleNamespace, arrivals: list[workload.Arrival]) -> str:
@@ -303,16 +330,18 @@ def _meta(o: SimpleNamespace, place: torch.device, limits: Limits) -> dict[str, 
 
 
 def _write(report: dict[str, Any], runs: dict[str, RunRecord], folder: Path, out: Console) -> None:
-    """Print the table, and write the three files."""
-    files = ["report.json", "timeline.json (open it at https://ui.perfetto.dev)"]
-    if importlib.util.find_spec("matplotlib") is not None:
-        write_png(report, runs, folder / "report.png")
-        files.insert(1, "report.png")
-    else:
+    """Print the table, and write the three files. The table first: figures that took minutes are not lost
+    with a disk that is full."""
+    picture = importlib.util.find_spec("matplotlib") is not None
+    if not picture:
         report["notes"].append("no report.png: matplotlib is not installed (pip install 'qllm-ops[plots]').")
-    write_json(report, folder / "report.json")
-    write_perfetto(runs, folder / "timeline.json")
     print_table(report, out)
+    with _bad_input(OSError):
+        write_json(report, folder / "report.json")
+        if picture:
+            write_png(report, runs, folder / "report.png")
+        write_perfetto(runs, folder / "timeline.json")
+    files = ["report.json", *["report.png"] * picture, "timeline.json (open it at https://ui.perfetto.dev)"]
     out.print(Text(f"written to {folder}: {', '.join(files)}"), soft_wrap=True)
 
 

@@ -224,8 +224,24 @@ BAD = {
     "duration negative": (["replay", "--duration", "-3"], ["--duration", "-3"]),
     "duration infinite": (["replay", "--duration", "inf"], ["--duration", "inf"]),
     "no request": (["replay", "--rate", "0.001", "--duration", "0.1"], ["--rate 0.001", "no request"]),
+    "no LS request": (
+        ["replay", "--duration", "1"],
+        ["no LS request arrives in --duration 1 at --rate 1.25 with --ls-fraction 0.2", "--ls-fraction 0"],
+    ),
+    "no BE request": (
+        ["replay", "--duration", "1", "--ls-fraction", "0.99"],
+        ["no BE request arrives in --duration 1", "ask for no BE with --ls-fraction 1"],
+    ),
+    "none among the first": (
+        ["replay", "--max-requests", "1"], ["no LS request is among the earliest --max-requests 1"]
+    ),
+    "none among the traces' first": (
+        ["replay", "--ls-trace", "{tmp}/good.csv", "--be-trace", "{tmp}/good.csv", "--max-requests", "1"],
+        ["no BE request is among the earliest --max-requests 1"],
+    ),
     "fraction": (["replay", "--ls-fraction", "1.5"], ["ls_fraction", "1.5"]),
     "seed": (["replay", "--seed", "-1"], ["--seed", "-1"]),
+    "seed too large": (["replay", "--seed", str(2**63)], ["--seed must be below 2**63", str(2**63)]),
     "slo": (["replay", "--slo", "0"], ["--slo", "0.0"]),
     "drain timeout": (["replay", "--drain-timeout", "nan"], ["--drain-timeout", "nan"]),
     "floor": (["replay", "--be-floor", "1"], ["be_floor", "1.0"]),
@@ -268,6 +284,7 @@ def bad_files(tmp_path_factory):
     config.write_text(json.dumps(json.loads(config.read_text()) | quantization))
     write_trace(folder / "bad.csv", [(0, 8, 3), (1, "many", 3)])
     write_trace(folder / "empty.csv", [])
+    write_trace(folder / "good.csv", [(0, 8, 3)])
     return folder
 
 
@@ -298,6 +315,17 @@ def test_no_permission_to_write(qllm, tmp_path, monkeypatch):
     code, _, err = qllm("replay", *TINY, "--out", tmp_path)
     assert code == 2
     assert f"--out {tmp_path}: no permission" in err
+
+
+def test_a_replay_whose_files_cannot_be_written_still_shows_its_figures(qllm, tmp_path):
+    (tmp_path / "timeline.json").mkdir()
+    code, out, err = qllm("replay", *TINY, *SHORT, "--policy", "tile", "--out", tmp_path)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert f"Is a directory: '{tmp_path}/timeline.json'" in err
+    assert "Latency and throughput" in out
+    assert "written to" not in out
+    assert json.loads((tmp_path / "report.json").read_text())["policies"]["tile"]["requests"] > 0
 
 
 def test_memory_that_is_not_there(qllm, tmp_path):
@@ -413,7 +441,7 @@ def test_version(qllm):
 
 
 def test_a_batch_invariant_engine_needs_long_chunks(qllm, tmp_path):
-    code, _, err = qllm("replay", *TINY, "--batch-invariant", "--duration", "1", "--out", tmp_path)
+    code, _, err = qllm("replay", *TINY, "--batch-invariant", "--out", tmp_path)
     assert code == 2
     assert re.search(r"prefill_tokens must be at least 512, .*got 128", " ".join(err.split()))
 
