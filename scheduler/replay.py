@@ -133,6 +133,7 @@ def replay(
     engine = Engine(
         model, policy=policy, limits=limits, backend=backend, gate=gate, batch_invariant=batch_invariant
     )
+    engine.log.keep = None  # the record is of all of it
     stuck = False
     try:
         warm_up(engine, max(a.prompt_tokens for a in arrivals))

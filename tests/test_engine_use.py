@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 
 from qllm_ops.models import install, quantize_experts, uninstall
 from qllm_ops.models.presets import make_preset
-from qllm_ops.scheduler import attention
+from qllm_ops.scheduler import attention, log
 from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 from qllm_ops.scheduler.request import LS, RequestError
@@ -77,6 +77,19 @@ def test_numbers_of_numpy_are_numbers(model):
             for seed in (2**40, np.int64(2**40))
         ]
         assert drawn[0] == drawn[1]
+
+
+def test_an_engine_that_serves_for_long_does_not_remember_everything(model, monkeypatch):
+    monkeypatch.setattr(log, "KEEP", 5)
+    with Engine(model, limits=LIMITS) as engine:
+        for i in range(30):
+            engine.submit(prompt(5), priority=i % 2, max_new_tokens=3, id=f"r{i}").result(WAIT_S)
+        assert 5 <= len(engine.log.spans) <= 10
+        assert engine.log.spans[-1].request_ids == ["r29"]
+        engine.log.keep = None  # as a replay has it
+        for _ in range(5):
+            engine.submit(prompt(5), max_new_tokens=3).result(WAIT_S)
+        assert len(engine.log.spans) > 15
 
 
 def test_infinity_is_a_timeout_too(model):

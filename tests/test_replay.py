@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qllm_ops.models.presets import make_preset
+from qllm_ops.scheduler import log
 from qllm_ops.scheduler import replay as replay_module
 from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
@@ -204,6 +205,12 @@ def test_an_iteration_that_never_ends_is_given_up(monkeypatch):
 def test_an_empty_workload_is_refused(model):
     with pytest.raises(ValueError, match="arrivals must hold at least one request"):
         replay(model, [], "tile", limits=LIMITS)
+
+
+def test_a_record_is_of_everything_however_little_an_engine_remembers(model, monkeypatch):
+    monkeypatch.setattr(log, "KEEP", 2)
+    run = replay(model, MIX, "tile", limits=LIMITS)
+    assert {id for span in run.spans for id in span.request_ids} == {a.id for a in MIX}
 
 
 # -- time ------------------------------------------------------------------------------------------------
