@@ -111,6 +111,8 @@ def _check_options(o: SimpleNamespace, given: set[str]) -> None:
         value = getattr(o, name)
         if value is not None and value < least:
             raise BadInput(f"{_flag(name)} must be at least {least}, got {value}")
+    if o.threads is not None and o.threads > (cores := os.cpu_count() or 1):  # with very many, OpenMP crashes
+        raise BadInput(f"--threads must be at most {cores}, the cores of this machine, got {o.threads}")
     if o.seed >= 2**63:  # torch's generator takes no larger one
         raise BadInput(f"--seed must be below 2**63, got {o.seed}")
     for name in ("duration", "slo", "drain_timeout"):

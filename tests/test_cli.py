@@ -248,6 +248,7 @@ BAD = {
     "aging": (["replay", "--aging", "0"], ["aging_s", "0.0"]),
     "batch": (["replay", "--max-batch", "0"], ["max_batch", "0"]),
     "threads": (["replay", "--threads", "0"], ["--threads", "0"]),
+    "too many threads": (["replay", "--threads", "100000"], ["--threads must be at most", "got 100000"]),
     "max requests": (["replay", "--max-requests", "0"], ["--max-requests", "0"]),
     "device unknown": (["replay", "--device", "abacus"], ["--device", "'abacus'"]),
     "device of another kind": (["replay", "--device", "meta"], ["--device", "'meta'"]),
@@ -311,7 +312,8 @@ def test_triton_on_a_cpu_needs_the_interpreter(qllm, tmp_path, monkeypatch):
 
 def test_no_permission_to_write(qllm, tmp_path, monkeypatch):
     # A fake, because tests may run as root, and typer's own check asks os.access too.
-    monkeypatch.setattr(replay_command, "os", SimpleNamespace(access=lambda path, mode: False, W_OK=2))
+    fake = SimpleNamespace(access=lambda path, mode: False, W_OK=2, cpu_count=lambda: 1)
+    monkeypatch.setattr(replay_command, "os", fake)
     code, _, err = qllm("replay", *TINY, "--out", tmp_path)
     assert code == 2
     assert f"--out {tmp_path}: no permission" in err
