@@ -15,6 +15,7 @@ import contextlib
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
@@ -62,6 +63,13 @@ def _only_engine(model: torch.nn.Module) -> Iterator[None]:
             _served[:] = [other for other in _served if other is not model]
             if not _served:
                 sys.setswitchinterval(_switch_interval_s)
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Who keeps a failed request keeps its error, and with the error's frames all tensors of that pass."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:
@@ -291,6 +299,7 @@ class Engine:
             outcomes = self.runner.run(batch, self._granularity(batch))
         except Exception as error:
             outcomes = error
+            _forget_locals(error)
         with self._changed:
             self.log.end(batch)
             if isinstance(outcomes, Exception):

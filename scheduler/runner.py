@@ -139,6 +139,7 @@ class Runner:
 
     def close(self) -> None:
         attention.ATTENTION.put_back(self.model)
+        self.pool.layers.clear()  # the memory, which a next engine may need while this object is still there
 
     def check(self, request: Request) -> None:
         """Raises ValueError if the model cannot take it."""

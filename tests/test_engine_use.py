@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import traceback
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,6 +195,41 @@ def test_the_experts_of_a_model_that_is_served_are_left_alone(model):
     assert not uninstall(model)  # nothing is left of the engine
     assert len(install(model)) == 2
     assert uninstall(model)
+
+
+# -- memory --------------------------------------------------------------------------------------------
+
+
+def test_a_failed_request_does_not_keep_the_tensors_of_its_pass():
+    made = []
+
+    def broken(module, args, kwargs):
+        hidden_states = torch.zeros(1000)
+        made.append(weakref.ref(hidden_states))
+        try:
+            raise MemoryError("no room")
+        except MemoryError as error:
+            raise RuntimeError("out of memory") from error
+
+    model = make_preset("tiny")
+    with Engine(model, limits=LIMITS) as engine:
+        model.register_forward_pre_hook(broken, with_kwargs=True)
+        handle = engine.submit(prompt(5))
+        with pytest.raises(RequestError, match="out of memory"):
+            handle.result(WAIT_S)
+        assert engine.drain(WAIT_S)
+        assert [of() for of in made] == [None]
+        assert "broken" in "".join(traceback.format_exception(handle.request.error))
+
+
+def test_a_closed_engine_holds_no_memory(model):
+    engine = Engine(model, limits=LIMITS)
+    keys, _ = engine.runner.pool.layers[0]
+    keys = weakref.ref(keys)
+    assert engine.runner.pool.nbytes > 0
+    engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S)
+    engine.close()
+    assert keys() is None
 
 
 # -- the end of it ---------------------------------------------------------------------------------------
