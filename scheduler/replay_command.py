@@ -46,6 +46,9 @@ ONLY_SYNTHETIC = ("rate", "ls_fraction", "ls_prompt", "be_prompt", "ls_output", 
 ONLY_TRACE = ("time_scale", "max_prompt", "max_output")
 AT_LEAST = {"seed": 0, "threads": 1, "max_requests": 1, "max_prompt": 1, "max_output": 1, "kv_tokens": 1}
 
+MOST_REQUESTS = 1_000_000
+"""More are a slip of the keyboard, and would be made for minutes before anything is said."""
+
 TIES = {torch.float32: TIE_TOLERANCE, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How close two logits are when rounding may decide between them: in 16 bits a few times the distance of
 two neighbouring numbers of the size of a logit."""
@@ -119,6 +122,11 @@ def _check_options(o: SimpleNamespace, given: set[str]) -> None:
         value = getattr(o, name)
         if value is not None and not 0 < value < math.inf:
             raise BadInput(f"{_flag(name)} must be a positive number of seconds, got {value}")
+    if not traces and math.isfinite(o.rate) and o.rate * o.duration > MOST_REQUESTS:
+        raise BadInput(
+            f"--rate {o.rate:g} in --duration {o.duration:g} brings {o.rate * o.duration:.2g} requests; "
+            f"at most {MOST_REQUESTS} are made"
+        )
     with _bad_input(ValueError):
         o.policy = [get_policy(name).name for name in dict.fromkeys(o.policy or POLICIES)]
 

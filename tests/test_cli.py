@@ -220,6 +220,7 @@ BAD = {
     "bounds the wrong way": (["replay", "--be-prompt", "64", "32"], ["be_prompt", "(64, 32)"]),
     "zero tokens": (["replay", "--ls-output", "0", "4"], ["ls_output", "0"]),
     "rate 0": (["replay", "--rate", "0"], ["rate", "0.0"]),
+    "rate beyond reason": (["replay", "--rate", "1e9"], ["--rate 1e+09 in --duration 13", "at most 1000000"]),
     "rate nan": (["replay", "--rate", "nan"], ["rate", "nan"]),
     "duration negative": (["replay", "--duration", "-3"], ["--duration", "-3"]),
     "duration infinite": (["replay", "--duration", "inf"], ["--duration", "inf"]),
