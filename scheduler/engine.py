@@ -79,6 +79,13 @@ def _device_of(model: torch.nn.Module) -> torch.device:
             f"model must be a model of transformers, got {type(model).__name__}; "
             "qllm_ops.models.load makes one from a folder"
         )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder, which the engine does not run")
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head, so its output is no logits of tokens; "
+            "AutoModelForCausalLM loads the model with one"
+        )
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f"{training or 'model'} is in training mode; call model.eval() first")

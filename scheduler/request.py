@@ -208,7 +208,7 @@ class Handle:
         """Wait for the end and return all generated tokens.
 
         Raises:
-            TimeoutError: it has not ended after ``timeout_s`` seconds.
+            TimeoutError: it has not ended after ``timeout_s`` seconds; it goes on.
             RequestError: it failed.
             RequestCancelled: it was cancelled.
         """

@@ -273,11 +273,6 @@ class Runner:
         out = self.model(
             input_ids=ids, **{self._cache: DynamicCache(config=self.model.config)}, use_cache=True
         )
-        if getattr(out, "logits", None) is None:
-            raise ValueError(
-                f"{type(self.model).__name__} has no language-model head: its output has no logits; "
-                "AutoModelForCausalLM loads the model with one"
-            )
         return out.logits[0].float().cpu()
 
     @torch.inference_mode()

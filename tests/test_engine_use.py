@@ -11,6 +11,7 @@ import pytest
 import torch
 from served import generated, prompt
 from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
 from qllm_ops.models import install, quantize_experts, uninstall
 from qllm_ops.models.presets import make_preset
@@ -21,6 +22,12 @@ from qllm_ops.scheduler.request import LS, RequestError
 
 WAIT_S = 60.0
 LIMITS = Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=256)
+
+
+SWITCH = {
+    "d_model": 64, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "num_experts": 8, "vocab_size": 128,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +120,16 @@ def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatc
     for no_model, kind in (("a/folder", "str"), (torch.nn.Linear(2, 2), "Linear"), (type(model), "type")):
         with pytest.raises(TypeError, match=f"model must be a model of transformers, got {kind}; .*load"):
             Engine(no_model)
-    with pytest.raises(ValueError, match=r"MixtralModel has no language-model head: .* AutoModelForCausalLM"):
-        Engine(model.model)
+    for headless in (model.model, AutoModelForTokenClassification.from_config(model.config)):
+        said = f"{type(headless).__name__} has no language-model head, .*; AutoModelForCausalLM loads"
+        with pytest.raises(ValueError, match=said):
+            Engine(headless.eval())
+    with pytest.raises(
+        ValueError, match=r"SwitchTransformers\w* has an encoder, which the engine does not run"
+    ):
+        Engine(
+            AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("switch_transformers", **SWITCH)).eval()
+        )
     with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
         Engine(model, limits=Limits(max_batch=0))
     with pytest.raises(ValueError, match=r"DeepseekV4ForCausalLM: its attention or cache asks for what"):
