@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,6 +93,9 @@ def _weights_of(m: InstalledExperts) -> str:
 EXPERTS = Choice("_experts_implementation")
 """Which installed model's configs named which experts implementation before."""
 
+SERVED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models in the body of :func:`installed`, whose experts nobody else may change meanwhile."""
+
 
 def install(
     model: PreTrainedModel,
@@ -125,10 +129,11 @@ def install(
     Raises:
         ValueError: there are no MoE experts in the model, or an argument does not fit it.
         UnsupportedExpertsError: experts that would be computed wrongly or never reached; names them.
-        RuntimeError: the forward pass over two tokens failed.
+        RuntimeError: the forward pass over two tokens failed, or an engine serves the model.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_not_served(model, "installed again")
     experts = find_experts(model)
     for name, module, _ in experts:
         if first_tensor(module).is_meta:
@@ -175,7 +180,9 @@ def uninstall(model: PreTrainedModel) -> bool:
     """Give ``model`` back the experts implementation it had; False if nothing was installed.
 
     A config that another installed model shares is left as it is until that one is uninstalled too.
+    RuntimeError while an engine serves the model, whose work nothing could pause any more.
     """
+    check_not_served(model, "uninstalled")
     if model not in EXPERTS:
         return False
     for module in model.modules():
@@ -196,13 +203,23 @@ def installed(model: PreTrainedModel, *, backend: str = "auto") -> Iterator[Inst
     again = model in EXPERTS
     fp8_activations = any(settings.fp8_activations for settings in earlier.values())
     report = install(model, backend=backend, fp8_activations=fp8_activations)
+    SERVED.add(model)
     try:
         yield report
     finally:
+        SERVED.discard(model)
         if again:
             SETTINGS.update(earlier)
         else:
             uninstall(model)
+
+
+def check_not_served(model: PreTrainedModel, what: str) -> None:
+    """Raises RuntimeError in the body of :func:`installed`."""
+    if model in SERVED:
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be {what} while an engine serves it; close the engine first"
+        )
 
 
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module, ExpertsLayout]]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from qllm_ops.quantized import QUANTIZERS, QuantizedWeight
 
 from .experts import ExpertsLayout, UnsupportedExpertsError
-from .install import find_experts
+from .install import check_not_served, find_experts
 from .projections import QuantizedProjection
 
 
@@ -27,8 +27,10 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
     Raises:
         ValueError: no such format, no experts in the model, or they are quantised already.
         UnsupportedExpertsError: experts that qllm-ops does not support, or supports with dense weights only.
+        RuntimeError: an engine serves the model.
     """
     check_format(format)
+    check_not_served(model, "quantised")
     experts = find_experts(model)
     for name, module, layout in experts:
         check_quantizable(type(module).__name__, layout)

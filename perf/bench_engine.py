@@ -2,6 +2,7 @@
 costs that a request's bits do not depend on its batch.
 
     python perf/bench_engine.py [--rows 8] [--prompt 256] [--new 32] [--runs 5] [--out FILE]
+    python perf/bench_engine.py --rows 1 --prompt 32    a request that decodes alone
 
 All run the same model of random weights with the same experts kernels, greedy, in alternating order.
 `generate` gets the whole batch at once, all prompts of one length: without padding, the best it can do.

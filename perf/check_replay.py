@@ -56,10 +56,8 @@ def replay(c: Context) -> dict[str, Any]:
 
     model = _model(c)
     lengths = TINY_LENGTHS if c.rehearsal else LENGTHS
-    kv_tokens = 4096 if c.rehearsal else 131072
     limits = Limits(
-        kv_tokens=kv_tokens,
-        kv_reserve=kv_tokens // 8,
+        kv_tokens=4096 if c.rehearsal else 131072,
         max_batch=4 if c.rehearsal else 16,
         prefill_tokens=256 if c.rehearsal else 4096,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,20 @@ def release_workers() -> None:
     pause = _pause()
     if pause is not None:
         pause(_SOFT)
+
+
+def spinning() -> bool:
+    """Whether a worker spins for a while when it has nothing to do, as the environment has it: it does unless
+    OMP_WAIT_POLICY is PASSIVE, or, for GNU's OpenMP, which asks for it first, GOMP_SPINCOUNT is 0."""
+    spins = os.environ.get("GOMP_SPINCOUNT", "").strip()
+    if spins and can_release():
+        return spins != "0"
+    return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() != "passive"
+
+
+def can_release() -> bool:
+    """Whether `release_workers` does anything here."""
+    return _pause() is not None
 
 
 @functools.cache

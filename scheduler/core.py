@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from qllm_ops import PriorityFlag
 from qllm_ops.scheduler.kv import KVBudget
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Plan, Policy, View, get_policy
-from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State
+from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State, is_number
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Limits:
 
     Args:
         kv_tokens: KV memory, in tokens, shared by all requests.
-        kv_reserve: the part of it that best-effort requests may not take, aged ones neither.
+        kv_reserve: the part of it that best-effort requests may not take, aged ones neither; None: an eighth.
         max_batch: rows of a decode batch.
         prefill_tokens: tokens of a prefill iteration; longer prompts go in chunks of at most this size.
         top_up_tokens: best-effort prompt tokens that may ride in an urgent prefill iteration. Each
@@ -39,7 +39,7 @@ class Limits:
     """
 
     kv_tokens: int = 32768
-    kv_reserve: int = 4096
+    kv_reserve: int | None = None
     max_batch: int = 8
     prefill_tokens: int = 2048
     top_up_tokens: int = 0
@@ -49,17 +49,20 @@ class Limits:
     pause_timeout_s: float = 30.0
 
     def __post_init__(self):
+        if self.kv_reserve is None and isinstance(self.kv_tokens, int):
+            object.__setattr__(self, "kv_reserve", self.kv_tokens // 8)  # the fields are frozen
+        KVBudget(self.kv_tokens, self.kv_reserve)  # says what is wrong with these two
         for name in ("max_batch", "prefill_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(self.top_up_tokens, int) or self.top_up_tokens < 0:
             raise ValueError(f"top_up_tokens must be an integer of 0 or more, got {self.top_up_tokens!r}")
-        if not 0 <= self.be_floor < 1:
+        if not is_number(self.be_floor) or not 0 <= self.be_floor < 1:
             raise ValueError(f"be_floor must be from 0 to below 1, got {self.be_floor!r}")
         for name in ("be_slice_s", "pause_timeout_s", "aging_s"):
             value = getattr(self, name)
-            if not (name == "aging_s" and value is None) and not (value is not None and value > 0):
+            if not (name == "aging_s" and value is None) and not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value!r}")
 
 

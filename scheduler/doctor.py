@@ -29,7 +29,7 @@ from packaging.version import Version
 from rich.console import Console
 from rich.text import Text
 
-from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference
+from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference, openmp
 from qllm_ops.scheduler import flash
 from qllm_ops.scheduler.report import device_meta
 
@@ -137,6 +137,7 @@ def _machine() -> Iterator[Check]:
     meta = device_meta("cpu")
     yield Check("system", None, meta["system"])
     yield Check("CPU", None, f"{meta['device']}, {torch.get_num_threads()} threads per operation")
+    yield Check("OpenMP", None, _openmp())
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         yield Check("CUDA", None, f"no device (torch is {build})")
@@ -150,6 +151,19 @@ def _machine() -> Iterator[Check]:
             f"{device.name}, capability {device.major}.{device.minor}, {device.multi_processor_count} "
             f"multiprocessors, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, CUDA {torch.version.cuda}",
         )
+
+
+def _openmp() -> str:
+    """Whether threads that wait take a core from those that work."""
+    if torch.get_num_threads() == 1:
+        return "one thread per operation, so no workers that wait"
+    if not openmp.spinning():
+        return "workers that wait sleep"
+    back = "gives them back" if openmp.can_release() else "cannot give them back (no GNU OpenMP)"
+    return (
+        f"workers that wait spin, and a lane that stands still {back}. Set OMP_WAIT_POLICY=PASSIVE before "
+        "Python starts, where two lanes or other processes share this CPU"
+    )
 
 
 def _choices() -> Iterator[Check]:

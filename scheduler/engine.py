@@ -10,14 +10,17 @@ lane computes, the only word that the lanes share is the priority flag.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import torch
+from transformers import PreTrainedModel
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models.install import installed
@@ -25,7 +28,7 @@ from qllm_ops.openmp import release_workers
 from qllm_ops.scheduler.core import Batch, Limits, Scheduler
 from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Policy
-from qllm_ops.scheduler.request import BE, Handle, Request, Sampling, token_ids
+from qllm_ops.scheduler.request import BE, Handle, Request, Sampling, bounded, token_ids
 from qllm_ops.scheduler.runner import Runner, chunk_multiple
 
 SWITCH_INTERVAL_S = 0.0005
@@ -33,6 +36,9 @@ SWITCH_INTERVAL_S = 0.0005
 5 ms is as long as a tile."""
 
 FLAG_WAIT_S = 0.2
+
+EXIT_WAIT_S = 10.0
+"""How long Python's exit waits for the iteration that a lane runs, where nobody has closed the engine."""
 
 _served: list[torch.nn.Module] = []
 _served_lock = threading.Lock()
@@ -59,14 +65,57 @@ def _only_engine(model: torch.nn.Module) -> Iterator[None]:
                 sys.setswitchinterval(_switch_interval_s)
 
 
+def _forget_locals(error: BaseException | None) -> None:
+    """Who keeps a failed request keeps its error, and with the error's frames all tensors of that pass."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model is; refuses one that no lane could run, or would run as something else."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a model of transformers, got {type(model).__name__}; "
+            "qllm_ops.models.load makes one from a folder"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder, which the engine does not run")
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no language-model head, so its output is no logits of tokens; "
+            "AutoModelForCausalLM loads the model with one"
+        )
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(f"{training or 'model'} is in training mode; call model.eval() first")
+    first: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(parameter.device, name)
+    if len(first) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in first.items())
+        raise ValueError(f"the parameters of model must be on one device, got {found}")
+    (device,) = first
+    if device.type == "meta":
+        raise ValueError(f"model has no weights in memory ({first[device]} is on the meta device); load them")
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            "an engine cannot be made inside of torch.autocast, which its lanes, being threads, do not "
+            f"inherit; leave it, and convert the model with model.to({torch.get_autocast_dtype(device.type)})"
+        )
+    return device
+
+
 class Engine:
     """Serves latency-sensitive and best-effort requests on one Hugging Face MoE model.
 
     Args:
-        model: a causal language model with MoE layers, in eval mode, on a CPU or a CUDA device. While
+        model: a causal language model with MoE layers, in eval mode, on a CPU or one CUDA device. While
             the engine is open, the model's experts and attention are ours; ``close`` puts back what
-            was there.
-        policy: "fcfs", "priority", "layer", "tile", or an object of your own like those.
+            was there. Lanes are threads, so ``torch.autocast`` does not reach them: a request is computed
+            in the dtype of the model, wherever it is submitted.
+        policy: "fcfs", "priority", "layer", "tile", or an object of your own like those. It holds no
+            state, so several engines may share it.
         limits: memory, batch sizes and floors; see :class:`Limits`.
         backend: of the experts: "auto", "torch" or "triton".
         gate: where paused work stands still on a GPU, in its thread or in its stream; see
@@ -78,12 +127,14 @@ class Engine:
         clock: monotonic time in seconds.
 
     Raises:
-        TypeError: the model is no module, the limits are no Limits, the policy is no policy, or
+        TypeError: the model is none of transformers, the limits are no Limits, the policy is no policy, or
             batch_invariant is neither True nor False.
-        ValueError: another engine serves the model; or it has no MoE layers, a layout that is not
+        ValueError: another engine serves the model; or it is in training mode, on several devices or on the
+            meta device; or it has no language-model head, no MoE layers, a layout that is not
             supported, attention that the engine's does not reproduce, or modules that change themselves
             in a forward pass, so that two lanes would corrupt each other's; or it is to be batch invariant
             and its logits are not (all checked on a few tokens).
+        RuntimeError: the engine is made inside of ``torch.autocast``.
         NotInvariantError: the device's products are not batch invariant in any way that was tried.
     """
 
@@ -98,17 +149,10 @@ class Engine:
         batch_invariant: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(
-                f"model must be a model of transformers, got {type(model).__name__}; "
-                "qllm_ops.models.load makes one from a folder"
-            )
-        if model.training:
-            raise ValueError("model is in training mode; call model.eval() first")
+        device = _device_of(model)
         if not isinstance(batch_invariant, bool):
             raise TypeError(f"batch_invariant must be True or False, got {batch_invariant!r}")
         self.model, self.clock, self.log = model, clock, Log(clock)
-        device = next(model.parameters()).device
         self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event, gate=gate)
         multiple = chunk_multiple(device, batch_invariant)
         self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock, chunk_multiple=multiple)
@@ -122,7 +166,8 @@ class Engine:
             )
             self._give_back = stack.pop_all().close
         self._changed = threading.Condition()
-        self._closing = self._closed = False
+        self._closing = False
+        self._died = ""  # which lane, and of what
         self._names = count()
         release_workers()  # this thread waits from now on; its workers would slow the lanes
         lanes = self.scheduler.policy.lanes
@@ -130,6 +175,8 @@ class Engine:
         self._threads = [
             threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes
         ]
+        # Python ends with what its daemon threads are doing, and torch ends the process with an abort then.
+        atexit.register(self._end_lanes, EXIT_WAIT_S)
         for thread in self._threads:
             thread.start()
 
@@ -158,10 +205,10 @@ class Engine:
             arrival_s: when it arrived, by the engine's clock; now by default.
 
         Raises:
-            ValueError: a prompt that is no sequence of token ids, is empty, has an id outside the vocabulary
-                or does not fit the KV memory or the model's positions; a request id in use; a bad sampling
-                parameter; any other value of the wrong type.
-            RuntimeError: the engine is closed.
+            ValueError: a prompt that is no sequence of token ids, is empty, or does not fit the KV memory or
+                the model's positions; a token id outside the vocabulary, there or in eos_token_id; a request
+                id in use; a bad sampling parameter; any other value of the wrong type.
+            RuntimeError: the engine is closed, or one of its lanes has died; says of what.
         """
         request = Request(
             id=id if id is not None else f"request-{next(self._names)}",
@@ -173,11 +220,11 @@ class Engine:
             arrival_s=self.clock() if arrival_s is None else arrival_s,
         )
         request.check()
-        self.runner.check_prompt(request.prompt, max_new_tokens)
+        self.runner.check(request)
         handle = Handle(request, self._cancel)
         with self._changed:
             if self._closing:
-                raise RuntimeError("the engine is closed")
+                raise RuntimeError(f"the engine is closed{self._died and f', because {self._died}'}")
             self.scheduler.submit(request)
             self._changed.notify_all()
         return handle
@@ -185,18 +232,21 @@ class Engine:
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until every request has ended; False if that took longer than ``timeout_s``."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.scheduler.idle, timeout_s)
+            return self._changed.wait_for(lambda: self.scheduler.idle, bounded(timeout_s))
 
     def close(self) -> None:
         """Finish the iterations that run, fail the requests that are left, and give the model back."""
+        self._end_lanes()
         with self._changed:
-            if self._closed:
-                return
-            self._closed = self._closing = True
+            self._give_back()  # does nothing the second time
+        atexit.unregister(self._end_lanes)
+
+    def _end_lanes(self, timeout_s: float | None = None) -> None:
+        with self._changed:
+            self._closing = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
-        self._give_back()
+            thread.join(timeout_s)
 
     def __enter__(self) -> Engine:
         return self
@@ -207,7 +257,7 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------
 
     def _lane(self, lane: str) -> None:
-        error = "the engine was closed"
+        died = ""
         try:
             with self.runner.lane(lane):
                 self.runner.warm_up_lane()
@@ -218,13 +268,14 @@ class Engine:
                 while (batch := self._next(lane)) is not None:
                     self._run(batch)
         except BaseException as bug:
-            error = f"the {lane} lane died: {bug!r}"
+            died = f"the {lane} lane died: {bug!r}"
             raise
         finally:
             # Whatever ended this lane, no caller may be left waiting and no pause may be left behind.
             with self._changed:
                 self._closing = True
-                self.scheduler.abort(error, lane)
+                self._died = self._died or died
+                self.scheduler.abort(self._died or "the engine was closed", lane)
                 if lane == FOREGROUND:
                     self.scheduler.release()
                 self._changed.notify_all()
@@ -255,6 +306,7 @@ class Engine:
             outcomes = self.runner.run(batch, self._granularity(batch))
         except Exception as error:
             outcomes = error
+            _forget_locals(error)
         with self._changed:
             self.log.end(batch)
             if isinstance(outcomes, Exception):

@@ -10,12 +10,19 @@ from qllm_ops.scheduler.policies import BACKGROUND
 from qllm_ops.scheduler.report import Pause, Span
 from qllm_ops.scheduler.request import BE, LS
 
+KEEP = 10_000
+
 
 class Log:
-    """Spans of both lanes, and one `Pause` per preemption: a pause that met an iteration in flight."""
+    """Spans of both lanes, and one `Pause` per preemption: a pause that met an iteration in flight.
+
+    The newest ``keep`` of each and as many older ones at most, so that an engine can serve for months;
+    None: all.
+    """
 
     def __init__(self, clock: Callable[[], float]):
         self.clock = clock
+        self.keep: int | None = KEEP
         self.spans: list[Span] = []
         self.pauses: list[Pause] = []
         self.wasted_tiles = 0
@@ -41,7 +48,8 @@ class Log:
             if batch.lane == BACKGROUND:
                 self._background = None
                 self._parked(now, "end")
-            self.spans.append(
+            self._add(
+                self.spans,
                 Span(
                     lane=batch.lane,
                     start_s=batch.started_s,
@@ -51,7 +59,7 @@ class Log:
                     be_rows=len(rows) - urgent,
                     tokens=sum(len(row.tokens) for row in rows),
                     request_ids=[row.request.id for row in rows],
-                )
+                ),
             )
 
     def flag_event(self, kind: str, priority: int, now: float) -> None:
@@ -61,7 +69,7 @@ class Log:
         with self._lock:
             if kind == "pause" and self._background is not None:
                 self._open = Pause(lane=BACKGROUND, asked_s=now, parked_s=None, resumed_s=None, where=None)
-                self.pauses.append(self._open)
+                self._add(self.pauses, self._open)
             elif kind == "park":
                 self._parked(now, self.where)
             elif kind == "resume" and self._open is not None:
@@ -71,3 +79,8 @@ class Log:
     def _parked(self, now: float, where: str) -> None:
         if self._open is not None and self._open.parked_s is None:
             self._open.parked_s, self._open.where = now, where
+
+    def _add(self, to: list, entry: Span | Pause) -> None:
+        to.append(entry)
+        if self.keep is not None and len(to) > 2 * self.keep:
+            del to[: -self.keep]

@@ -45,6 +45,14 @@ class Plan:
     riders: Sequence[Request] = ()
     rider_tokens: int = 0
 
+    def __post_init__(self):
+        if self.kind not in ("prefill", "decode"):
+            raise ValueError(f'kind of a plan must be "prefill" or "decode", got {self.kind!r}')
+        if not self.requests:
+            raise ValueError(
+                "requests of a plan must hold at least one; a policy with none to run gives None"
+            )
+
 
 class Policy(Protocol):
     """What a policy is.
@@ -146,12 +154,31 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def get_policy(name: str | Policy) -> Policy:
-    """The policy of that name; an object of the user's own is taken as it is."""
-    if not isinstance(name, str):
-        if not hasattr(name, "lanes"):
-            raise TypeError(f"policy must be one of {', '.join(POLICIES)} or a Policy, got {name!r}")
-        return name
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; there are: {', '.join(POLICIES)}")
-    return POLICIES[name]
+def get_policy(policy: str | Policy) -> Policy:
+    """The policy of that name; an object of the user's own is taken if it is one.
+
+    Raises:
+        ValueError: no policy has that name, or the object has lanes or a granularity that there is none of.
+        TypeError: it is neither a name nor like `Policy`.
+    """
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}")
+        return POLICIES[policy]
+    wanted = f"policy must be one of {', '.join(POLICIES)} or an object like Policy"
+    if isinstance(policy, type):
+        raise TypeError(f"{wanted}, got the class {policy.__name__} and not an object of it")
+    missing = [name for name in ("name", "lanes", "granularity", "by_class") if not hasattr(policy, name)]
+    if missing or not callable(getattr(policy, "next_batch", None)):
+        raise TypeError(f"{wanted}, got {policy!r}, which has no {(missing or ['next_batch()'])[0]}")
+    if FOREGROUND not in policy.lanes or not {*policy.lanes} <= {FOREGROUND, BACKGROUND}:
+        raise ValueError(
+            f"lanes of policy {policy.name!r} must be {FOREGROUND!r} with or without {BACKGROUND!r}, "
+            f"got {policy.lanes!r}"
+        )
+    if policy.granularity not in (None, "layer", "tile"):
+        raise ValueError(
+            f"granularity of policy {policy.name!r} must be one of None, 'layer' and 'tile', "
+            f"got {policy.granularity!r}"
+        )
+    return policy

@@ -133,6 +133,7 @@ def replay(
     engine = Engine(
         model, policy=policy, limits=limits, backend=backend, gate=gate, batch_invariant=batch_invariant
     )
+    engine.log.keep = None  # the record is of all of it
     stuck = False
     try:
         warm_up(engine, max(a.prompt_tokens for a in arrivals))
@@ -301,21 +302,25 @@ def warm_up(engine: Engine, longest_prompt: int) -> None:
     every power of two up to the largest prefill runs once. A CPU only has threads to start and memory
     to touch. How these requests end does not matter here: a broken model shows in the replay.
     """
-    limits = engine.scheduler.limits
-    room = engine.scheduler.kv.limit(urgent=False) - 2
+    limits, positions = engine.scheduler.limits, engine.runner.max_positions
+    most = {c: engine.scheduler.kv.limit(urgent=c >= LS) - 2 for c in (LS, BE)}
+    classes = [c for c in most if most[c] > 0]  # the reserve may leave best-effort requests nothing
+    room = min(most[c] for c in classes)
+    if positions is not None:
+        room = min(room, positions - 2)
     largest = max(1, min(longest_prompt, limits.prefill_tokens, room))
     if engine.runner.device.type == "cuda":
         sizes = sorted({*(2**i for i in range(largest.bit_length())), largest})
     else:
         sizes = [min(largest, 256)]
     for size in sizes:
-        for priority in (LS, BE):
+        for priority in classes:
             engine.submit([0] * size, priority=priority, max_new_tokens=2)
             engine.drain()
     # Both lanes at once, a pause in mid-pass included, and a full decode batch of each class.
     short = max(1, min(16, room // 2))
-    engine.submit([0] * sizes[-1], priority=BE, max_new_tokens=2)
-    for priority in (LS, BE):
+    engine.submit([0] * sizes[-1], priority=classes[-1], max_new_tokens=2)
+    for priority in classes:
         for _ in range(limits.max_batch):
             engine.submit([0] * short, priority=priority, max_new_tokens=2)
     engine.drain()

@@ -46,6 +46,9 @@ ONLY_SYNTHETIC = ("rate", "ls_fraction", "ls_prompt", "be_prompt", "ls_output", 
 ONLY_TRACE = ("time_scale", "max_prompt", "max_output")
 AT_LEAST = {"seed": 0, "threads": 1, "max_requests": 1, "max_prompt": 1, "max_output": 1, "kv_tokens": 1}
 
+MOST_REQUESTS = 1_000_000
+"""More are a slip of the keyboard, and would be made for minutes before anything is said."""
+
 TIES = {torch.float32: TIE_TOLERANCE, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How close two logits are when rounding may decide between them: in 16 bits a few times the distance of
 two neighbouring numbers of the size of a logit."""
@@ -66,7 +69,7 @@ def run(o: SimpleNamespace, given: set[str], out: Console) -> list[str]:
         What went wrong in the replay, one sentence each: different tokens, requests that failed.
 
     Raises:
-        BadInput: before anything is replayed.
+        BadInput: before anything is replayed, or at the end, when the files cannot be written.
     """
     _check_options(o, given)
     limits = _limits(o)
@@ -111,10 +114,19 @@ def _check_options(o: SimpleNamespace, given: set[str]) -> None:
         value = getattr(o, name)
         if value is not None and value < least:
             raise BadInput(f"{_flag(name)} must be at least {least}, got {value}")
+    if o.threads is not None and o.threads > (cores := os.cpu_count() or 1):  # with very many, OpenMP crashes
+        raise BadInput(f"--threads must be at most {cores}, the cores of this machine, got {o.threads}")
+    if o.seed >= 2**63:  # torch's generator takes no larger one
+        raise BadInput(f"--seed must be below 2**63, got {o.seed}")
     for name in ("duration", "slo", "drain_timeout"):
         value = getattr(o, name)
         if value is not None and not 0 < value < math.inf:
             raise BadInput(f"{_flag(name)} must be a positive number of seconds, got {value}")
+    if not traces and math.isfinite(o.rate) and o.rate * o.duration > MOST_REQUESTS:
+        raise BadInput(
+            f"--rate {o.rate:g} in --duration {o.duration:g} brings {o.rate * o.duration:.2g} requests; "
+            f"at most {MOST_REQUESTS} are made"
+        )
     with _bad_input(ValueError):
         o.policy = [get_policy(name).name for name in dict.fromkeys(o.policy or POLICIES)]
 
@@ -127,7 +139,7 @@ def _limits(o: SimpleNamespace) -> Limits:
     with _bad_input(ValueError):
         return Limits(
             kv_tokens=o.kv_tokens,
-            kv_reserve=o.kv_tokens // 8 if o.kv_reserve is None else o.kv_reserve,
+            kv_reserve=o.kv_reserve,
             max_batch=o.max_batch,
             prefill_tokens=o.prefill_tokens,
             top_up_tokens=o.top_up_tokens,
@@ -163,7 +175,32 @@ def _arrivals(o: SimpleNamespace) -> tuple[list[workload.Arrival], list[str]]:
                 raise BadInput(
                     f"--rate {o.rate:g} brings no request in --duration {o.duration:g} (--seed {o.seed})"
                 )
-    return arrivals[: o.max_requests], [str(warning.message) for warning in said]
+    arrivals = arrivals[: o.max_requests]
+    _check_classes(o, arrivals)
+    return arrivals, [str(warning.message) for warning in said]
+
+
+def _check_classes(o: SimpleNamespace, arrivals: list[workload.Arrival]) -> None:
+    """Policies differ where both classes meet. A load of one alone is replayed if it was asked for."""
+    traces = o.ls_trace or o.be_trace
+    asked = {
+        "LS": o.ls_trace if traces else o.ls_fraction > 0,
+        "BE": o.be_trace if traces else o.ls_fraction < 1,
+    }
+    came = {"LS" if arrival.priority >= workload.LS else "BE" for arrival in arrivals}
+    for cls in asked:
+        if not asked[cls] or cls in came:
+            continue
+        if o.max_requests is not None and len(arrivals) == o.max_requests:
+            raise BadInput(
+                f"no {cls} request is among the earliest --max-requests {o.max_requests}; raise it"
+            )
+        fraction = 0 if cls == "LS" else 1
+        raise BadInput(
+            f"no {cls} request arrives in --duration {o.duration:g} at --rate {o.rate:g} with --ls-fraction "
+            f"{o.ls_fraction:g} (--seed {o.seed}); raise --duration or --rate, or ask for no {cls} with "
+            f"--ls-fraction {fraction}"
+        )
 
 
 def _describe(o: SimpleNamespace, arrivals: list[workload.Arrival]) -> str:
@@ -303,16 +340,18 @@ def _meta(o: SimpleNamespace, place: torch.device, limits: Limits) -> dict[str, 
 
 
 def _write(report: dict[str, Any], runs: dict[str, RunRecord], folder: Path, out: Console) -> None:
-    """Print the table, and write the three files."""
-    files = ["report.json", "timeline.json (open it at https://ui.perfetto.dev)"]
-    if importlib.util.find_spec("matplotlib") is not None:
-        write_png(report, runs, folder / "report.png")
-        files.insert(1, "report.png")
-    else:
+    """Print the table, and write the three files. The table first: figures that took minutes are not lost
+    with a disk that is full."""
+    picture = importlib.util.find_spec("matplotlib") is not None
+    if not picture:
         report["notes"].append("no report.png: matplotlib is not installed (pip install 'qllm-ops[plots]').")
-    write_json(report, folder / "report.json")
-    write_perfetto(runs, folder / "timeline.json")
     print_table(report, out)
+    with _bad_input(OSError):
+        write_json(report, folder / "report.json")
+        if picture:
+            write_png(report, runs, folder / "report.png")
+        write_perfetto(runs, folder / "timeline.json")
+    files = ["report.json", *["report.png"] * picture, "timeline.json (open it at https://ui.perfetto.dev)"]
     out.print(Text(f"written to {folder}: {', '.join(files)}"), soft_wrap=True)
 
 

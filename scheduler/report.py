@@ -263,7 +263,7 @@ def _notes(summaries: dict[str, Any], alone: dict[str, Any] | None) -> list[str]
     if "fcfs" not in summaries:
         notes.append("fcfs was not among the policies, so versus_fcfs is empty.")
     if alone is None:
-        notes.append("LS alone was not run, so versus_ls_alone is empty.")
+        notes.append("LS alone was not run, as there is no LS request, so versus_ls_alone is empty.")
     everything = {**summaries, **({} if alone is None else {LS_ALONE: alone})}
     for name, summary in everything.items():
         for cls in ("ls", "be"):

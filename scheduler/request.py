@@ -7,10 +7,10 @@ import operator
 import queue
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
-from numbers import Real
+from numbers import Integral, Real
 from typing import SupportsIndex
 
 LS = 1
@@ -54,12 +54,13 @@ class Sampling:
 
     def __post_init__(self):
         for name in ("temperature", "top_p"):
-            if not _is_number(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        object.__setattr__(self, "seed", plain(self.seed))  # the fields are frozen
         if not _is_integer(self.seed):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
@@ -68,16 +69,29 @@ def token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
     """A prompt as a list: of a list, an array or a tensor of integers. Raises ValueError for anything else,
     such as text, or the two dimensions that a tokenizer returns."""
     try:
-        return [operator.index(token) for token in prompt]
+        if isinstance(prompt, (bytes, bytearray, Set, Mapping)):  # integers too, but text, or in no order
+            raise TypeError
+        # All numbers of a tensor at once: one by one, each would be waited for on a GPU.
+        return [operator.index(token) for token in (prompt.tolist() if hasattr(prompt, "tolist") else prompt)]
     except TypeError:
         raise ValueError(f"prompt must be one sequence of token ids, got {reprlib.repr(prompt)}") from None
+
+
+def plain(value: object) -> object:
+    """An integer of numpy as Python's own, which has no largest one; anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def bounded(timeout_s: float | None) -> float | None:
+    """A time that threads can wait for, infinity as the longest of them."""
+    return None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
 
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -111,8 +125,15 @@ class Request:
     first_token_s: float | None = None
     finish_s: float | None = None
 
+    def __post_init__(self):
+        self.priority, self.max_new_tokens = plain(self.priority), plain(self.max_new_tokens)
+        several = isinstance(self.eos_token_id, (list, tuple))
+        self.eos_token_id = [plain(t) for t in self.eos_token_id] if several else plain(self.eos_token_id)
+
     def check(self) -> None:
         """Raise ValueError for values that no scheduler can count, compare or sort by."""
+        if not isinstance(self.id, str):
+            raise ValueError(f"id of a request must be a string, got {self.id!r}")
         for name in ("max_new_tokens", "priority"):
             if not _is_integer(value := getattr(self, name)):
                 raise ValueError(f"request {self.id!r}: {name} must be an integer, got {value!r}")
@@ -121,7 +142,7 @@ class Request:
                 f"request {self.id!r}: eos_token_id must be an integer, several or None, "
                 f"got {self.eos_token_id!r}"
             )
-        if not _is_number(self.arrival_s) or not math.isfinite(self.arrival_s):
+        if not is_number(self.arrival_s) or not math.isfinite(self.arrival_s):
             raise ValueError(
                 f"request {self.id!r}: arrival_s must be a finite number, got {self.arrival_s!r}"
             )
@@ -131,8 +152,7 @@ class Request:
         """The tokens that end it."""
         if self.eos_token_id is None:
             return ()
-        several = isinstance(self.eos_token_id, (list, tuple))
-        return self.eos_token_id if several else (self.eos_token_id,)
+        return self.eos_token_id if isinstance(self.eos_token_id, list) else (self.eos_token_id,)
 
     @property
     def kv_tokens(self) -> int:
@@ -176,7 +196,8 @@ class Handle:
     def stream(self) -> Iterator[int]:
         """Yield each token when it is made; raises as :meth:`result` does when the request ends badly.
 
-        Meant for one consumer, once: each token goes to one reader only.
+        Meant for one consumer, once: each token goes to one reader only. The request goes on when nobody
+        reads it any more; :meth:`cancel` ends it.
         """
         while (token := self._tokens.get()) is not None:
             yield token
@@ -187,11 +208,11 @@ class Handle:
         """Wait for the end and return all generated tokens.
 
         Raises:
-            TimeoutError: it has not ended after ``timeout_s`` seconds.
+            TimeoutError: it has not ended after ``timeout_s`` seconds; it goes on.
             RequestError: it failed.
             RequestCancelled: it was cancelled.
         """
-        if not self._ended.wait(timeout_s):
+        if not self._ended.wait(bounded(timeout_s)):
             raise TimeoutError(f"request {self.id!r} has not ended after {timeout_s} s")
         self._raise()
         return list(self.request.tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,12 +13,13 @@ from transformers import DynamicCache, PreTrainedConfig
 from qllm_ops import PriorityFlag, invariant
 from qllm_ops.models import preemptible, warming_up
 from qllm_ops.models.experts import is_dispatched
+from qllm_ops.models.install import EXPERTS
 from qllm_ops.scheduler import attention, flash
 from qllm_ops.scheduler.attention import KVPool, Ragged, RaggedCache, Segment, ragged
 from qllm_ops.scheduler.core import Batch, Outcome
 from qllm_ops.scheduler.log import Log
 from qllm_ops.scheduler.policies import FOREGROUND
-from qllm_ops.scheduler.request import BE
+from qllm_ops.scheduler.request import BE, Request
 from qllm_ops.scheduler.sampling import sample
 from qllm_ops.scheduler.shared import changed_by
 
@@ -122,6 +123,12 @@ class Runner:
         attention.ATTENTION.remember(model)
         try:
             model.set_attn_implementation(attention.NAME)
+            self._chosen = [
+                (choice.name, config)
+                for choice in (attention.ATTENTION, EXPERTS)
+                for config, name in choice.read(model)
+                if name == attention.NAME
+            ]
             self._check_attention(expected, routes)
         except BaseException:
             self.close()
@@ -132,12 +139,20 @@ class Runner:
 
     def close(self) -> None:
         attention.ATTENTION.put_back(self.model)
+        self.pool.layers.clear()  # the memory, which a next engine may need while this object is still there
 
-    def check_prompt(self, ids: Sequence[int], max_new_tokens: int) -> None:
+    def check(self, request: Request) -> None:
         """Raises ValueError if the model cannot take it."""
+        ids, max_new_tokens = request.prompt, request.max_new_tokens
         bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
         if bad is not None:
             raise ValueError(f"prompt: token id {bad} is outside the vocabulary of {self.vocab_size}")
+        never = next((token for token in request.ends if not 0 <= token < self.vocab_size), None)
+        if never is not None:
+            raise ValueError(
+                f"eos_token_id: token id {never} is outside the vocabulary of {self.vocab_size}, so that no "
+                "request ends with it; None says that none shall"
+            )
         if self.max_positions is not None and len(ids) + max_new_tokens > self.max_positions:
             raise ValueError(
                 f"prompt: {len(ids)} prompt + {max_new_tokens} new tokens are more than the "
@@ -164,6 +179,7 @@ class Runner:
     def run(self, batch: Batch, granularity: str | None) -> list[Outcome]:
         """One forward pass; one outcome per row. ``granularity`` is where it stops while its class is
         paused: None (nowhere), "layer" or "tile"."""
+        self._check_still_ours()
         rows = sorted(batch.rows, key=lambda row: row.request.region)  # in the order of their keys
         segments, start = [], 0
         for row in rows:
@@ -180,6 +196,17 @@ class Runner:
         requests = [rows[i].request for i in ending]
         outcomes = dict(zip((r.id for r in requests), sample(requests, logits[ending]), strict=True))
         return [outcomes.get(row.request.id) for row in batch.rows]
+
+    def _check_still_ours(self) -> None:
+        """Whoever has the model can change it while it is served: to other tokens, or to no preemption."""
+        if self.model.training:
+            raise RuntimeError("the model was put into training mode while it is served; call model.eval()")
+        for attribute, config in self._chosen:
+            if (name := getattr(config, attribute)) != attention.NAME:
+                raise RuntimeError(
+                    f"{attribute.strip('_')} of the model was changed to {name!r} while it is served; close "
+                    "the engine first"
+                )
 
     def _ragged(self, segments: list[Segment], gate: Callable[[], None] | None = None) -> Ragged:
         # The library's kernel for one row divides its keys among programs, also where heads share none.

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TopPLogitsWarper
 
 from qllm_ops.scheduler.request import Request
+
+SMALLEST = torch.finfo(torch.float32).tiny
+"""A temperature below this one may be 0 in float32; this one already takes nothing but the best logits."""
 
 
 class LogitsError(RuntimeError):
@@ -41,13 +44,13 @@ def _pick(
     sampling, margin = request.sampling, best - second
     if sampling.temperature == 0:
         return token, margin
-    logits = logits.cpu().float()
+    # From the best one down, so that no temperature, however small, makes them infinite: the best is 0.
+    scores = (logits.cpu().float() - best) / max(float(sampling.temperature), SMALLEST)
     # A stream per token, not per request: a step that is repeated draws the same number again.
     generator = torch.Generator().manual_seed(_seed(sampling.seed, len(request.tokens)))
-    scores = TemperatureLogitsWarper(float(sampling.temperature))(None, logits[None])
     if sampling.top_p < 1:
-        scores = TopPLogitsWarper(top_p=sampling.top_p)(None, scores)
-    return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator)), margin
+        scores = TopPLogitsWarper(top_p=sampling.top_p)(None, scores[None])[0]
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator)), margin
 
 
 def _seed(seed: int, step: int) -> int:

@@ -220,18 +220,36 @@ BAD = {
     "bounds the wrong way": (["replay", "--be-prompt", "64", "32"], ["be_prompt", "(64, 32)"]),
     "zero tokens": (["replay", "--ls-output", "0", "4"], ["ls_output", "0"]),
     "rate 0": (["replay", "--rate", "0"], ["rate", "0.0"]),
+    "rate beyond reason": (["replay", "--rate", "1e9"], ["--rate 1e+09 in --duration 13", "at most 1000000"]),
     "rate nan": (["replay", "--rate", "nan"], ["rate", "nan"]),
     "duration negative": (["replay", "--duration", "-3"], ["--duration", "-3"]),
     "duration infinite": (["replay", "--duration", "inf"], ["--duration", "inf"]),
     "no request": (["replay", "--rate", "0.001", "--duration", "0.1"], ["--rate 0.001", "no request"]),
+    "no LS request": (
+        ["replay", "--duration", "1"],
+        ["no LS request arrives in --duration 1 at --rate 1.25 with --ls-fraction 0.2", "--ls-fraction 0"],
+    ),
+    "no BE request": (
+        ["replay", "--duration", "1", "--ls-fraction", "0.99"],
+        ["no BE request arrives in --duration 1", "ask for no BE with --ls-fraction 1"],
+    ),
+    "none among the first": (
+        ["replay", "--max-requests", "1"], ["no LS request is among the earliest --max-requests 1"]
+    ),
+    "none among the traces' first": (
+        ["replay", "--ls-trace", "{tmp}/good.csv", "--be-trace", "{tmp}/good.csv", "--max-requests", "1"],
+        ["no BE request is among the earliest --max-requests 1"],
+    ),
     "fraction": (["replay", "--ls-fraction", "1.5"], ["ls_fraction", "1.5"]),
     "seed": (["replay", "--seed", "-1"], ["--seed", "-1"]),
+    "seed too large": (["replay", "--seed", str(2**63)], ["--seed must be below 2**63", str(2**63)]),
     "slo": (["replay", "--slo", "0"], ["--slo", "0.0"]),
     "drain timeout": (["replay", "--drain-timeout", "nan"], ["--drain-timeout", "nan"]),
     "floor": (["replay", "--be-floor", "1"], ["be_floor", "1.0"]),
     "aging": (["replay", "--aging", "0"], ["aging_s", "0.0"]),
     "batch": (["replay", "--max-batch", "0"], ["max_batch", "0"]),
     "threads": (["replay", "--threads", "0"], ["--threads", "0"]),
+    "too many threads": (["replay", "--threads", "100000"], ["--threads must be at most", "got 100000"]),
     "max requests": (["replay", "--max-requests", "0"], ["--max-requests", "0"]),
     "device unknown": (["replay", "--device", "abacus"], ["--device", "'abacus'"]),
     "device of another kind": (["replay", "--device", "meta"], ["--device", "'meta'"]),
@@ -268,6 +286,7 @@ def bad_files(tmp_path_factory):
     config.write_text(json.dumps(json.loads(config.read_text()) | quantization))
     write_trace(folder / "bad.csv", [(0, 8, 3), (1, "many", 3)])
     write_trace(folder / "empty.csv", [])
+    write_trace(folder / "good.csv", [(0, 8, 3)])
     return folder
 
 
@@ -294,10 +313,22 @@ def test_triton_on_a_cpu_needs_the_interpreter(qllm, tmp_path, monkeypatch):
 
 def test_no_permission_to_write(qllm, tmp_path, monkeypatch):
     # A fake, because tests may run as root, and typer's own check asks os.access too.
-    monkeypatch.setattr(replay_command, "os", SimpleNamespace(access=lambda path, mode: False, W_OK=2))
+    fake = SimpleNamespace(access=lambda path, mode: False, W_OK=2, cpu_count=lambda: 1)
+    monkeypatch.setattr(replay_command, "os", fake)
     code, _, err = qllm("replay", *TINY, "--out", tmp_path)
     assert code == 2
     assert f"--out {tmp_path}: no permission" in err
+
+
+def test_a_replay_whose_files_cannot_be_written_still_shows_its_figures(qllm, tmp_path):
+    (tmp_path / "timeline.json").mkdir()
+    code, out, err = qllm("replay", *TINY, *SHORT, "--policy", "tile", "--out", tmp_path)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert f"Is a directory: '{tmp_path}/timeline.json'" in err
+    assert "Latency and throughput" in out
+    assert "written to" not in out
+    assert json.loads((tmp_path / "report.json").read_text())["policies"]["tile"]["requests"] > 0
 
 
 def test_memory_that_is_not_there(qllm, tmp_path):
@@ -413,7 +444,7 @@ def test_version(qllm):
 
 
 def test_a_batch_invariant_engine_needs_long_chunks(qllm, tmp_path):
-    code, _, err = qllm("replay", *TINY, "--batch-invariant", "--duration", "1", "--out", tmp_path)
+    code, _, err = qllm("replay", *TINY, "--batch-invariant", "--out", tmp_path)
     assert code == 2
     assert re.search(r"prefill_tokens must be at least 512, .*got 128", " ".join(err.split()))
 

@@ -607,17 +607,23 @@ def test_a_refused_request_is_told_why_and_disturbs_nobody(changes, message):
         *[("max_batch", v) for v in (0, -1, 1.5, None)],
         *[("prefill_tokens", v) for v in (0, 2.0)],
         *[("top_up_tokens", v) for v in (-1, 0.5)],
-        *[("be_floor", v) for v in (-0.1, 1, 1.5, float("nan"))],
+        *[("be_floor", v) for v in (-0.1, 1, 1.5, float("nan"), None)],
         *[("be_slice_s", v) for v in (0, -1.0, None, float("nan"))],
-        *[("pause_timeout_s", v) for v in (0, -1.0, None)],
+        *[("pause_timeout_s", v) for v in (0, -1.0, None, "30")],
         *[("aging_s", v) for v in (0, -1.0)],
-        *[("kv_tokens", v) for v in (0, 1.5)],
+        *[("kv_tokens", v) for v in (0, 1.5, "2048")],
         *[("kv_reserve", v) for v in (-1, 32768)],
     ],
 )
 def test_bad_limits_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
-        Scheduler("tile", Limits(**{name: value}))
+        Limits(**{name: value})
+
+
+@pytest.mark.parametrize(("tokens", "reserve"), [(32768, 4096), (2048, 256), (7, 0), (1, 0)])
+def test_an_eighth_of_the_memory_is_kept_for_urgent_requests(tokens, reserve):
+    assert Scheduler("tile", Limits(kv_tokens=tokens)).kv.reserve == reserve == Limits(tokens).kv_reserve
+    assert Scheduler("tile", Limits(kv_tokens=tokens, kv_reserve=0)).kv.reserve == 0
 
 
 def test_chunks_end_at_multiples():

@@ -23,7 +23,7 @@ def examine(monkeypatch, *tests: Check) -> tuple[bool, str]:
 
 
 def printed() -> tuple[bool, str]:
-    console = Console(width=200)
+    console = Console(width=300)
     with console.capture() as captured:
         good = doctor.examine(console)
     return good, captured.get()
@@ -171,6 +171,29 @@ def test_versions_are_held_against_what_is_supported(monkeypatch, version, passe
     assert (f"pass  torch: {version}" in text) is passed
     if not passed:
         assert f"FAIL  torch: {version or 'not installed'}, wanted >=2.9" in text
+
+
+@pytest.mark.parametrize(
+    ("threads", "spins", "gnu", "said"),
+    [
+        (
+            2,
+            True,
+            True,
+            "OpenMP: workers that wait spin, and a lane that stands still gives them back. Set OMP_WAIT_",
+        ),
+        (2, True, False, "cannot give them back (no GNU OpenMP). Set OMP_WAIT_POLICY=PASSIVE"),
+        (2, False, True, "OpenMP: workers that wait sleep"),
+        (1, True, True, "OpenMP: one thread per operation"),
+    ],
+)
+def test_whether_waiting_threads_spin_is_said(monkeypatch, threads, spins, gnu, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(doctor.openmp, "spinning", lambda: spins)
+    monkeypatch.setattr(doctor.openmp, "can_release", lambda: gnu)
+    good, text = examine(monkeypatch)
+    assert good
+    assert said in text
 
 
 def test_an_old_python_is_found():

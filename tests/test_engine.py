@@ -17,7 +17,6 @@ from qllm_ops import PriorityFlag
 from qllm_ops.invariant import is_batch_invariant
 from qllm_ops.models import install, uninstall
 from qllm_ops.models.presets import make_preset
-from qllm_ops.scheduler import attention
 from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, POLICIES
@@ -531,7 +530,8 @@ def test_tokens_stream_as_they_are_made(model):
 def test_an_end_of_sequence_token_ends_the_request(model, several):
     """Or each of several, as generation_config.json may have them."""
     expected = generated(model, prompt(20), 8)
-    end = several((1000, expected[3])) if several else expected[3]
+    other = next(token for token in range(128) if token not in expected)
+    end = several((other, expected[3])) if several else expected[3]
     with Engine(model, limits=LIMITS) as engine:
         tokens = engine.submit(prompt(20), max_new_tokens=8, eos_token_id=end).result(WAIT_S)
     assert tokens == expected[: expected.index(expected[3]) + 1]
@@ -666,11 +666,11 @@ def test_a_lane_that_dies_leaves_nobody_waiting(model, lane, monkeypatch):
         for handle in handles:
             if lane == BACKGROUND and handle.request.priority == LS:
                 continue  # may have been done before
-            with pytest.raises(RequestError, match=r"lane died|was closed"):
+            with pytest.raises(RequestError, match=rf"the {lane} lane died: RuntimeError\('a bug'\)"):
                 handle.result(WAIT_S)
         assert engine.drain(WAIT_S)
         assert engine.flag.read()[BE] > 0
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match=rf"engine is closed, because the {lane} lane died: .*a bug"):
             engine.submit(prompt(3))
 
 
@@ -682,49 +682,5 @@ def test_closing_ends_what_is_left(model):
         with pytest.raises(RequestError, match="closed"):
             handle.result(WAIT_S)
     engine.close()  # once more is harmless
-
-
-# -- bad input ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prompt": []}, "prompt must hold at least one token"),
-        ({"prompt": [3, 128]}, "token id 128 is outside the vocabulary of 128"),
-        ({"prompt": [-1]}, "token id -1 is outside"),
-        ({"prompt": [1] * 4090}, r"4090 prompt \+ 16 new tokens are more than the 4096 positions"),
-        ({"prompt": [1] * 3600}, "need 3616 tokens of KV memory; its class can have 3584"),
-        ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"prompt": [1], "priority": 2}, "priority must be from 0 to 1, got 2"),
-        ({"prompt": [1], "temperature": -1.0}, "temperature must be 0 or more"),
-        ({"prompt": [1], "top_p": 0.0}, "top_p must be in"),
-        ({"prompt": "hello"}, "prompt must be one sequence of token ids, got 'hello'"),
-        ({"prompt": [1], "max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
-        ({"prompt": [1], "eos_token_id": [0, None]}, "eos_token_id must be an integer, several or None"),
-    ],
-)
-def test_a_bad_request_is_refused_and_harms_nobody(model, arguments, message):
-    with Engine(model, limits=LIMITS) as engine:
-        handle = engine.submit(prompt(30), max_new_tokens=3)
-        with pytest.raises(ValueError, match=message):
-            engine.submit(**arguments)
-        assert len(handle.result(WAIT_S)) == 3
-
-
-def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatch):
-    before = (model.config._attn_implementation, model.config._experts_implementation)
-    with pytest.raises(ValueError, match="unknown policy 'fifo'; there are: fcfs, priority, layer, tile"):
-        Engine(model, policy="fifo")
-    with pytest.raises(ValueError, match="no MoE"):
-        Engine(tiny_model("llama"))
-    with pytest.raises(TypeError, match=r"model must be a model of transformers, got str; .*load"):
-        Engine("a/folder")
-    with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
-        Engine(model, limits=Limits(max_batch=0))
-    with pytest.raises(ValueError, match=r"DeepseekV4ForCausalLM: its attention or cache asks for what"):
-        Engine(tiny_model("deepseek_v4"))
-    monkeypatch.setattr(attention, "_attend", lambda attend, q, *args: q[0].transpose(0, 1) * 0 + 1)
-    with pytest.raises(ValueError, match="attention is not supported"):
-        Engine(model, limits=LIMITS)
-    assert (model.config._attn_implementation, model.config._experts_implementation) == before
+    with pytest.raises(RuntimeError, match=r"^the engine is closed$"):
+        engine.submit(prompt(3))

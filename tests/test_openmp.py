@@ -101,3 +101,27 @@ def test_the_runtime_of_torch_is_found():
     if "libgomp" not in Path("/proc/self/maps").read_text():
         pytest.skip("torch does not use GNU's OpenMP here")
     assert openmp._pause() is not None
+
+
+@pytest.mark.parametrize(
+    ("policy", "count", "gnu", "spins"),
+    [
+        (None, None, True, True),
+        ("", "", True, True),
+        ("ACTIVE", None, True, True),
+        ("PASSIVE", None, True, False),
+        (" passive ", None, False, False),
+        (None, "0", True, False),
+        (None, "0", False, True),  # which is not looked at there
+        ("PASSIVE", "300k", True, True),
+        ("PASSIVE", "INFINITE", False, False),
+    ],
+)
+def test_whether_workers_spin(monkeypatch, policy, count, gnu, spins):
+    monkeypatch.setattr(openmp, "can_release", lambda: gnu)
+    for name, value in (("OMP_WAIT_POLICY", policy), ("GOMP_SPINCOUNT", count)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert openmp.spinning() is spins

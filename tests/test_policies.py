@@ -144,7 +144,7 @@ def test_the_four_policies_and_where_their_pauses_stop():
 def test_an_unknown_policy_is_named_with_those_there_are():
     with pytest.raises(ValueError, match="unknown policy 'lifo'; there are: fcfs, priority, layer, tile"):
         get_policy("lifo")
-    with pytest.raises(TypeError, match=r"policy must be one of fcfs, .* or a Policy, got None"):
+    with pytest.raises(TypeError, match=r"policy must be one of fcfs, .*, got None, which has no name"):
         get_policy(None)
 
 
@@ -167,6 +167,41 @@ def test_a_policy_of_ones_own():
     for name in ("L1", "b3", "L2"):
         scheduler.submit(request(name))
     assert [row.request.id for row in scheduler.next(FOREGROUND).rows] == ["b3"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "error", "said"),
+    [
+        ({"next_batch": None}, TypeError, r"which has no next_batch\(\)"),
+        (
+            {"lanes": ()},
+            ValueError,
+            r"lanes of policy 'lifo' must be 'foreground' with or without .*, got \(\)",
+        ),
+        ({"lanes": (BACKGROUND,)}, ValueError, "lanes of policy 'lifo' must be"),
+        ({"lanes": (FOREGROUND, "middle")}, ValueError, "lanes of policy 'lifo' must be .*'middle'"),
+        ({"granularity": "token"}, ValueError, "granularity of policy 'lifo' must be one of .*, got 'token'"),
+    ],
+)
+def test_what_is_no_policy_is_refused_when_it_is_given(attributes, error, said):
+    with pytest.raises(error, match=said):
+        get_policy(type("Own", (Lifo,), attributes)())
+
+
+def test_a_class_or_half_a_policy_is_no_policy():
+    with pytest.raises(TypeError, match="got the class Lifo and not an object of it"):
+        get_policy(Lifo)
+    for left_out in ("name", "lanes", "granularity", "by_class"):
+        names = {name: value for name, value in vars(Lifo).items() if name != left_out}
+        with pytest.raises(TypeError, match=f"which has no {left_out}$"):
+            get_policy(type("Half", (), names)())
+
+
+def test_a_plan_of_nothing_or_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="requests of a plan must hold at least one"):
+        Plan("prefill", [])
+    with pytest.raises(ValueError, match='kind of a plan must be "prefill" or "decode", got \'Prefill\''):
+        Plan("Prefill", [request("L1")])
 
 
 # -- from a plan to rows -------------------------------------------------------------------------------

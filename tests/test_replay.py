@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny_models import stretched_model
 
 from qllm_ops.models.presets import make_preset
+from qllm_ops.scheduler import log
 from qllm_ops.scheduler import replay as replay_module
 from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
@@ -206,6 +208,12 @@ def test_an_empty_workload_is_refused(model):
         replay(model, [], "tile", limits=LIMITS)
 
 
+def test_a_record_is_of_everything_however_little_an_engine_remembers(model, monkeypatch):
+    monkeypatch.setattr(log, "KEEP", 2)
+    run = replay(model, MIX, "tile", limits=LIMITS)
+    assert {id for span in run.spans for id in span.request_ids} == {a.id for a in MIX}
+
+
 # -- time ------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +267,22 @@ def test_the_slo_is_ten_full_decode_iterations(model, monkeypatch):
 @pytest.mark.parametrize("kv_tokens", [32, 60])
 def test_the_slo_can_be_measured_with_little_memory(model, kv_tokens):
     limits = Limits(kv_tokens=kv_tokens, kv_reserve=8)
+    assert measure_slo(model, limits=limits) > 0
+
+
+@pytest.mark.parametrize("longest", [200, 256, 5000])
+def test_a_model_with_few_positions_is_warmed_up_within_them(longest):
+    """Requests that do not fit are refused one by one, not the whole replay."""
+    load = [Arrival("be-0", BE, 0.0, longest, 4), Arrival("ls-0", LS, 0.0, 8, 4)]
+    run = replay(stretched_model("longrope"), load, "tile", limits=Limits(2048))  # 256 positions
+    assert statuses(run) == {"be-0": "done" if longest == 200 else "refused", "ls-0": "done"}
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_reserve_that_leaves_best_effort_requests_next_to_nothing(model, left):
+    limits = Limits(kv_tokens=512, kv_reserve=512 - left)
+    load = [Arrival("be-0", BE, 0.0, 40, 4), Arrival("ls-0", LS, 0.0, 8, 4)]
+    assert statuses(replay(model, load, "tile", limits=limits)) == {"be-0": "refused", "ls-0": "done"}
     assert measure_slo(model, limits=limits) > 0
 
 

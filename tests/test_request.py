@@ -96,6 +96,13 @@ def test_result_gives_up_after_its_timeout_and_can_be_asked_again():
     assert served.handle.result(timeout_s=0) == [7, 8, 9]
 
 
+def test_infinity_is_a_timeout_too():
+    served = Served()
+    result = served.in_thread(lambda: served.handle.result(float("inf")))
+    served.step((7, 1.0), (8, 1.0), (9, 1.0))
+    assert result() == [7, 8, 9]
+
+
 def test_the_result_is_the_callers_own():
     served = Served()
     served.step((7, 1.0), (8, 1.0), (9, 1.0))
@@ -189,6 +196,11 @@ def test_times_are_the_clocks():
     assert request.state is State.DONE
 
 
+def test_an_id_is_a_string():
+    with pytest.raises(ValueError, match=r"id of a request must be a string, got \[1\]"):
+        Request([1], [1]).check()
+
+
 def test_pending_tokens():
     request = Request("a", [4, 5, 6], max_new_tokens=3)
     assert (request.pending(2), request.pending(9), request.kv_tokens) == ([4, 5], [4, 5, 6], 6)
@@ -233,7 +245,19 @@ def test_a_prompt_is_any_sequence_of_integers(prompt):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["12", None, 3, [1.0], [[1, 2]], torch.tensor([[1, 2]]), torch.tensor([1.0]), {"input_ids": [1]}],
+    [
+        "12",
+        b"12",
+        {1, 2},
+        {1: 2},
+        None,
+        3,
+        [1.0],
+        [[1, 2]],
+        torch.tensor([[1, 2]]),
+        torch.tensor([1.0]),
+        {"input_ids": [1]},
+    ],
 )
 def test_what_is_no_prompt_is_shown(prompt):
     with pytest.raises(ValueError, match=re.escape(f"one sequence of token ids, got {reprlib.repr(prompt)}")):

@@ -45,6 +45,16 @@ def test_top_p_cuts_the_tail():
     assert drawn == {0, 1}
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1e-38, 1e-37, 1e-10])
+def test_a_tiny_temperature_takes_the_best(temperature, top_p):
+    logits = torch.tensor([-300.0, 29.99, 30.0, 29.0, -torch.inf])
+    asked = [request(temperature=temperature, top_p=top_p, seed=seed) for seed in range(20)]
+    assert {sample(each, logits)[0] for each in asked} == {2}
+    logits[1] = 30.0  # of equal ones, a draw may take either
+    assert {sample(each, logits)[0] for each in asked} == {1, 2}
+
+
 def test_a_draw_depends_on_seed_and_step_only():
     logits = torch.zeros(1000)
     draw = lambda seed, step: sample(request(range(step), temperature=1.0, seed=seed), logits)[0]  # noqa: E731

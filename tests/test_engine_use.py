@@ -1,0 +1,281 @@
+"""What users do with an engine: what it refuses, when it is made, asked or left, and what it bears."""
+
+import subprocess
+import sys
+import traceback
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from served import generated, prompt
+from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
+
+from qllm_ops.models import install, quantize_experts, uninstall
+from qllm_ops.models.presets import make_preset
+from qllm_ops.scheduler import attention, log
+from qllm_ops.scheduler.core import Limits
+from qllm_ops.scheduler.engine import Engine
+from qllm_ops.scheduler.request import LS, RequestError
+
+WAIT_S = 60.0
+LIMITS = Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=256)
+
+
+SWITCH = {
+    "d_model": 64, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "num_experts": 8, "vocab_size": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_preset("tiny")
+
+
+def choices(model):
+    return model.config._attn_implementation, model.config._experts_implementation
+
+
+# -- a request -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt must hold at least one token"),
+        ({"prompt": [3, 128]}, "token id 128 is outside the vocabulary of 128"),
+        ({"prompt": [-1]}, "token id -1 is outside"),
+        ({"prompt": [1] * 4090}, r"4090 prompt \+ 16 new tokens are more than the 4096 positions"),
+        ({"prompt": [1] * 3600}, "need 3616 tokens of KV memory; its class can have 3584"),
+        ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"prompt": [1], "priority": 2}, "priority must be from 0 to 1, got 2"),
+        ({"prompt": [1], "temperature": -1.0}, "temperature must be 0 or more"),
+        ({"prompt": [1], "top_p": 0.0}, "top_p must be in"),
+        ({"prompt": "hello"}, "prompt must be one sequence of token ids, got 'hello'"),
+        ({"prompt": [1], "max_new_tokens": None}, "max_new_tokens must be an integer, got None"),
+        ({"prompt": [1], "eos_token_id": [0, None]}, "eos_token_id must be an integer, several or None"),
+        ({"prompt": [1], "eos_token_id": 128}, "eos_token_id: token id 128 is outside the vocabulary of 128"),
+        ({"prompt": [1], "eos_token_id": [0, -1]}, "eos_token_id: token id -1 is outside the vocabulary"),
+    ],
+)
+def test_a_bad_request_is_refused_and_harms_nobody(model, arguments, message):
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(30), max_new_tokens=3)
+        with pytest.raises(ValueError, match=message):
+            engine.submit(**arguments)
+        assert len(handle.result(WAIT_S)) == 3
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    expected = generated(model, prompt(100), 40)
+    with Engine(model, limits=LIMITS) as engine:
+        # Not one of 8 bits, to which the length of the prompt could not be added.
+        tokens = engine.submit(
+            np.array(prompt(100), np.uint8),
+            priority=np.int8(LS),
+            max_new_tokens=np.int8(40),
+            seed=np.int64(3),
+            eos_token_id=[np.int64(next(t for t in range(128) if t not in expected))],
+        ).result(WAIT_S)
+        assert tokens == expected
+        drawn = [
+            engine.submit(prompt(9), temperature=2.0, seed=seed).result(WAIT_S)
+            for seed in (2**40, np.int64(2**40))
+        ]
+        assert drawn[0] == drawn[1]
+
+
+def test_an_engine_that_serves_for_long_does_not_remember_everything(model, monkeypatch):
+    monkeypatch.setattr(log, "KEEP", 5)
+    with Engine(model, limits=LIMITS) as engine:
+        for i in range(30):
+            engine.submit(prompt(5), priority=i % 2, max_new_tokens=3, id=f"r{i}").result(WAIT_S)
+        assert 5 <= len(engine.log.spans) <= 10
+        assert engine.log.spans[-1].request_ids == ["r29"]
+        engine.log.keep = None  # as a replay has it
+        for _ in range(5):
+            engine.submit(prompt(5), max_new_tokens=3).result(WAIT_S)
+        assert len(engine.log.spans) > 15
+
+
+def test_infinity_is_a_timeout_too(model):
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(1500), max_new_tokens=30)
+        assert engine.drain(float("inf"))
+        assert handle.done
+
+
+# -- an engine -----------------------------------------------------------------------------------------
+
+
+def test_a_bad_engine_is_refused_and_the_model_stays_as_it_was(model, monkeypatch):
+    before = choices(model)
+    with pytest.raises(ValueError, match="unknown policy 'fifo'; there are: fcfs, priority, layer, tile"):
+        Engine(model, policy="fifo")
+    with pytest.raises(ValueError, match="no MoE"):
+        Engine(tiny_model("llama"))
+    for no_model, kind in (("a/folder", "str"), (torch.nn.Linear(2, 2), "Linear"), (type(model), "type")):
+        with pytest.raises(TypeError, match=f"model must be a model of transformers, got {kind}; .*load"):
+            Engine(no_model)
+    for headless in (model.model, AutoModelForTokenClassification.from_config(model.config)):
+        said = f"{type(headless).__name__} has no language-model head, .*; AutoModelForCausalLM loads"
+        with pytest.raises(ValueError, match=said):
+            Engine(headless.eval())
+    with pytest.raises(
+        ValueError, match=r"SwitchTransformers\w* has an encoder, which the engine does not run"
+    ):
+        Engine(
+            AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("switch_transformers", **SWITCH)).eval()
+        )
+    with pytest.raises(ValueError, match="max_batch must be a positive integer, got 0"):
+        Engine(model, limits=Limits(max_batch=0))
+    with pytest.raises(ValueError, match=r"DeepseekV4ForCausalLM: its attention or cache asks for what"):
+        Engine(tiny_model("deepseek_v4"))
+    monkeypatch.setattr(attention, "_attend", lambda attend, q, *args: q[0].transpose(0, 1) * 0 + 1)
+    with pytest.raises(ValueError, match="attention is not supported"):
+        Engine(model, limits=LIMITS)
+    assert choices(model) == before
+
+
+def test_a_model_in_training_mode_is_refused_and_one_that_is_put_there_fails_its_requests():
+    model = make_preset("tiny")
+    model.model.layers[1].train()
+    with pytest.raises(ValueError, match=r"model\.layers\.1 is in training mode; call model\.eval\(\) first"):
+        Engine(model)
+    with pytest.raises(ValueError, match="model is in training mode"):
+        Engine(model.train())
+    with Engine(model.eval(), limits=LIMITS) as engine:
+        model.train()
+        with pytest.raises(RequestError, match="was put into training mode while it is served"):
+            engine.submit(prompt(5)).result(WAIT_S)
+        model.eval()
+        assert engine.submit(prompt(5), max_new_tokens=3).result(WAIT_S) == generated(model, prompt(5), 3)
+
+
+def test_a_model_in_no_memory_or_in_several_is_refused(monkeypatch):
+    model = make_preset("tiny")
+    with torch.device("meta"), pytest.raises(ValueError, match=r"no weights in memory \(model\.embed_tokens"):
+        Engine(type(model)(model.config).eval())
+    places = [("embed.weight", "cuda:0"), ("layer.weight", "cuda:0"), ("head.weight", "cuda:1")]
+    parameters = [(name, SimpleNamespace(device=torch.device(place))) for name, place in places]
+    monkeypatch.setattr(model, "named_parameters", lambda: iter(parameters))
+    with pytest.raises(ValueError, match=r"one device, got embed.weight on cuda:0, head.weight on cuda:1"):
+        Engine(model)
+
+
+def test_autocast_does_not_reach_the_lanes(model):
+    """So an engine is not made in it, and a request that is submitted in it gets the model's own tokens."""
+    said = r"inside of torch\.autocast.* model\.to\(torch\.bfloat16\)"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match=said):
+        Engine(model, limits=LIMITS)
+    with Engine(model, limits=LIMITS) as engine, torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = engine.submit(prompt(50), max_new_tokens=6).result(WAIT_S)
+    assert tokens == generated(model, prompt(50), 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: model.set_attn_implementation("sdpa"), "attn_implementation .* changed to 'sdpa'"),
+        (
+            lambda model: model.set_experts_implementation("eager"),
+            "experts_implementation .* changed to 'eager'",
+        ),
+    ],
+)
+def test_a_model_that_is_changed_while_it_is_served_fails_its_requests(change, said):
+    """Tokens came out wrong, or nothing was preempted any more, without a word."""
+    model = make_preset("tiny")
+    before = choices(model)
+    with Engine(model, limits=LIMITS) as engine:
+        change(model)
+        with pytest.raises(RequestError, match=said):
+            engine.submit(prompt(5)).result(WAIT_S)
+    assert choices(model) == before
+
+
+def test_the_experts_of_a_model_that_is_served_are_left_alone(model):
+    with Engine(model, limits=LIMITS) as engine:
+        for change, said in (
+            (uninstall, "uninstalled"),
+            (install, "installed again"),
+            (lambda model: quantize_experts(model, "int4"), "quantised"),
+        ):
+            with pytest.raises(RuntimeError, match=f"cannot be {said} while an engine serves it; close"):
+                change(model)
+        assert engine.submit(prompt(5), max_new_tokens=3).result(WAIT_S) == generated(model, prompt(5), 3)
+    assert not uninstall(model)  # nothing is left of the engine
+    assert len(install(model)) == 2
+    assert uninstall(model)
+
+
+# -- memory --------------------------------------------------------------------------------------------
+
+
+def test_a_failed_request_does_not_keep_the_tensors_of_its_pass():
+    made = []
+
+    def broken(module, args, kwargs):
+        hidden_states = torch.zeros(1000)
+        made.append(weakref.ref(hidden_states))
+        try:
+            raise MemoryError("no room")
+        except MemoryError as error:
+            raise RuntimeError("out of memory") from error
+
+    model = make_preset("tiny")
+    with Engine(model, limits=LIMITS) as engine:
+        model.register_forward_pre_hook(broken, with_kwargs=True)
+        handle = engine.submit(prompt(5))
+        with pytest.raises(RequestError, match="out of memory"):
+            handle.result(WAIT_S)
+        assert engine.drain(WAIT_S)
+        assert [of() for of in made] == [None]
+        assert "broken" in "".join(traceback.format_exception(handle.request.error))
+
+
+def test_a_closed_engine_holds_no_memory(model):
+    engine = Engine(model, limits=LIMITS)
+    keys, _ = engine.runner.pool.layers[0]
+    keys = weakref.ref(keys)
+    assert engine.runner.pool.nbytes > 0
+    engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S)
+    engine.close()
+    assert keys() is None
+
+
+# -- the end of it ---------------------------------------------------------------------------------------
+
+
+def test_a_close_that_was_interrupted_can_be_finished(model, monkeypatch):
+    """By Ctrl-C, while it waits for an iteration: the model must not stay with an engine that is no more."""
+    before = choices(model)
+    engine = Engine(model, limits=LIMITS)
+
+    def interrupted(timeout_s=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._threads[0], "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.close()
+    engine.close()
+    assert choices(model) == before
+    Engine(model, limits=LIMITS).close()
+
+
+LEFT_OPEN = """
+from qllm_ops.models import make_preset
+from qllm_ops.scheduler import LS, Engine
+engine = Engine(make_preset("tiny"))
+handles = [engine.submit([1] * 1000, max_new_tokens=500, priority=priority) for priority in (0, 0, LS)]
+next(handles[-1].stream())
+"""
+
+
+def test_an_engine_that_nobody_closed_does_not_abort_the_process():
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
