@@ -272,18 +272,22 @@ def _fastest(
         block_m = min(block_m, 32)
     config = table[phase][block_m]
     if weights is not None:
-        config = _for_quantized(config, few, k, dtype, arch)
+        config = _for_quantized(config, few, k, dtype, arch, weights)
     return replace(config, programs_per_sm=_programs_that_fit(phase, config, dtype, arch, weights))
 
 
-def _for_quantized(config: TileConfig, few: bool, k: int, dtype: torch.dtype, arch: str) -> TileConfig:
+def _for_quantized(
+    config: TileConfig, few: bool, k: int, dtype: torch.dtype, arch: str, weights: str
+) -> TileConfig:
     """A tile for dense weights as quantised ones have it."""
     if dtype.itemsize == 4:
         # 16 columns of four bits are too few bytes to be copied ahead, and 64 of any spill.
         return replace(config, block_k=32)
     if config.block_m <= 32 and arch != "gfx942":
-        # A stage has a half or a quarter of the bytes, so more of them; a longer one spills what it widens.
-        config = replace(config, num_stages=6)
+        # A stage has a half or a quarter of the bytes, so more of them; or longer ones, for which MXFP4 takes
+        # an eighth fewer instructions for a weight. In int4 these would have two scales of a group of 128.
+        longer = {"block_k": 256, "num_stages": 4} if weights == "mxfp4" else {"num_stages": 6}
+        config = replace(config, **longer)
         # Weights go first in such products, whose second factor may have 8 rows: an eighth fewer instructions
         # for a weight. That leaves registers for a third program, and widening is bound by instructions.
         return replace(config, block_m=8, programs_per_sm=3) if few else config

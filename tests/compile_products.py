@@ -3,8 +3,8 @@
     python tests/compile_products.py DIRECTORY < requests.json > records.json
 
 A request is {"format": "int4", "block": [1, 32], "arch": "sm_90", "dtype": "bf16", "scale": "bf16",
-"zeros": false, "rows": 16, "even": true}; a record has the shared memory and the name of the PTX, too.
-A program of its own for the reason that tests/compile_kernels.py gives.
+"zeros": false, "rows": 16, "block_k": 128, "even": true}; a record has the shared memory and the name of the
+PTX, too. A program of its own for the reason that tests/compile_kernels.py gives.
 """
 
 import json
@@ -20,7 +20,7 @@ from qllm_ops.kernels.moe import multiply
 from qllm_ops.kernels.quantized import quantized_rows, zero_rows
 from qllm_ops.tiles import TileConfig, compile_options
 
-N, BLOCK_K, WARPS, STAGES = 64, 128, 4, 4
+N, WARPS, STAGES = 64, 4, 4
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def products(
 def compile_products(request: dict, directory: Path) -> dict:
     constants = {
         "FORMAT": request["format"], "GROUP_N": request["block"][0], "GROUP_K": request["block"][1],
-        "EVEN": request["even"], "M": request["rows"], "N": N, "BLOCK_K": BLOCK_K, "STAGES": STAGES,
+        "EVEN": request["even"], "M": request["rows"], "N": N, "BLOCK_K": request["block_k"],
+        "STAGES": STAGES,
     }  # fmt: skip
     types = {
         "a_ptr": f"*{request['dtype']}", "value_ptr": "*u8", "scale_ptr": f"*{request['scale']}",
@@ -68,7 +69,7 @@ def compile_products(request: dict, directory: Path) -> dict:
         constexprs={(i,): constants[name] for i, name in enumerate(names) if types[name] == "constexpr"},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
     )
-    config = TileConfig(request["rows"], N, BLOCK_K, WARPS, STAGES, 2)
+    config = TileConfig(request["rows"], N, request["block_k"], WARPS, STAGES, 2)
     options = compile_options(config, DTYPES[request["dtype"]], request["arch"])
     compiled = triton.compile(source, target=TARGETS[request["arch"]], options=options)
     path = directory / f"{compiled.hash}.ptx"
