@@ -179,8 +179,16 @@ def experts_forward(
     """
     if torch.compiler.is_compiling() and getattr(module, HANDLE, None) is not None:
         number = getattr(module, HANDLE).number
-        return torch.ops.qllm_ops.experts(hidden_states.detach(), top_k_index, top_k_weights.detach(), number)
-    return uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
+        output = torch.ops.qllm_ops.experts(
+            hidden_states.detach(), top_k_index, top_k_weights.detach(), number
+        )
+    else:
+        output = uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
+    if torch.is_grad_enabled():
+        for tensor in (hidden_states, top_k_weights, *module.parameters()):
+            if tensor.requires_grad:
+                return _NoGradient.apply(output, tensor)
+    return output
 
 
 def _experts_forward(
@@ -210,8 +218,6 @@ def _experts_forward(
             flag.wait(preemption.priority)
         preemption.wasted_tiles += run.tiles_taken - run.tiles_done
         output = run.output
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
-        return _NoGradient.apply(output, hidden_states)
     return output
 
 
@@ -278,18 +284,33 @@ def _kind(value: Any) -> Any:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Lets a forward pass in grad mode through, and refuses to make up its gradient."""
+    """Lets a forward pass in grad mode through, and refuses to make up a gradient, ``tensor``'s say."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            'experts_implementation="qllm" is for inference and has no backward pass; '
-            "uninstall(model), or train with another experts implementation"
-        )
+        return None, torch.ops.qllm_ops.no_gradient(*grads, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("qllm_ops::no_gradient", mutates_args=())
+def no_gradient(grad: Tensor, tensor: Tensor) -> Tensor:
+    """An operator, because compilers trace a backward pass that nobody may ever run.
+
+    It is given ``grad`` so that they do not run it in the forward pass.
+    """
+    raise NotImplementedError(
+        'experts_implementation="qllm" is for inference and has no backward pass; '
+        "uninstall(model), or train with another experts implementation"
+    )
+
+
+@no_gradient.register_fake
+def _(grad: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
 
 
 # Both registries: the experts of a model quantised to FP8 ask the second one.

@@ -194,10 +194,17 @@ def test_by_name_alone(tmp_path):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
 
-def test_a_forward_in_grad_mode_works_and_a_backward_is_refused():
+@pytest.mark.parametrize("trained", ["", "mlp.gate", "mlp.experts", "layers.1.mlp.experts"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_in_grad_mode_works_and_a_backward_is_refused(compiled, trained):
+    """Whether the gradient is one of hidden states, of the router alone, or of the experts alone."""
     model = make_preset("tiny")
     install(model)
-    out = model(IDS).logits
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = trained in name
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    out = run(IDS).logits
     assert torch.equal(out.detach(), logits(model))
     with pytest.raises(NotImplementedError, match="no backward pass"):
         out.sum().backward()
