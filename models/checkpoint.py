@@ -151,7 +151,7 @@ def _check_quantize(
 ) -> None:
     if quantize is None:
         return
-    check_format(quantize)
+    check_format("quantize", quantize)
     if quantization:
         raise ValueError(
             f"quantize must be None for {path}, which is quantised already "

@@ -496,7 +496,8 @@ def _tensor_differences(name: str, tensor: Tensor | None, rank: int) -> list[str
     if type(tensor) not in (nn.Parameter, Tensor):
         return [f"{name} is a {type(tensor).__name__}, not a plain tensor"]
     if tensor.dtype not in DTYPES:
-        return [f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16 (quantised?)"]
+        perhaps = "" if tensor.dtype == torch.float64 else " (quantised?)"
+        return [f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16{perhaps}"]
     if tensor.dim() != rank:
         return [f"{name} has shape {tuple(tensor.shape)}, wanted {rank} dimensions"]
     return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -123,12 +124,12 @@ def install(
             :func:`qllm_ops.moe`. transformers' own FP8 experts do so; by default, ours do not.
 
     Raises:
+        TypeError: ``model`` is none of transformers; says what is, where one is inside of it.
         ValueError: there are no MoE experts in the model, or an argument does not fit it.
         UnsupportedExpertsError: experts that would be computed wrongly or never reached; names them.
         RuntimeError: the forward pass over two tokens failed.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model(model)
     experts = find_experts(model)
     for name, module, _ in experts:
         if first_tensor(module).is_meta:
@@ -176,6 +177,7 @@ def uninstall(model: PreTrainedModel) -> bool:
 
     A config that another installed model shares is left as it is until that one is uninstalled too.
     """
+    check_model(model)
     if model not in EXPERTS:
         return False
     for module in model.modules():
@@ -203,6 +205,22 @@ def installed(model: PreTrainedModel, *, backend: str = "auto") -> Iterator[Inst
             SETTINGS.update(earlier)
         else:
             uninstall(model)
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError for what is no model of transformers, and says where one is."""
+    if isinstance(model, PreTrainedModel):
+        return
+    if isinstance(model, nn.Module):
+        inside = [name for name, inner in model.named_modules() if isinstance(inner, PreTrainedModel)]
+    else:  # a pipeline
+        inside = ["model"] * isinstance(getattr(model, "model", None), PreTrainedModel)
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    if inside:
+        got += f", which has one: pass its .{inside[0]}"
+    elif isinstance(model, str | Path):
+        got += "; qllm_ops.models.load reads one from a folder, installs it, and quantises it if told to"
+    raise TypeError(f"model must be a transformers PreTrainedModel, got {got}")
 
 
 def find_experts(model: nn.Module) -> list[tuple[str, nn.Module, ExpertsLayout]]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from qllm_ops.quantized import QUANTIZERS, QuantizedWeight
 
 from .experts import ExpertsLayout, UnsupportedExpertsError
-from .install import find_experts
+from .install import check_model, find_experts
 from .projections import QuantizedProjection
 
 
@@ -25,10 +25,12 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
         format: "fp8" (blocks of 128 x 128), "mxfp4", or "int4" (symmetric, groups of 128).
 
     Raises:
+        TypeError: ``model`` is none of transformers.
         ValueError: no such format, no experts in the model, or they are quantised already.
         UnsupportedExpertsError: experts that qllm-ops does not support, or supports with dense weights only.
     """
-    check_format(format)
+    check_model(model)
+    check_format("format", format)
     experts = find_experts(model)
     for name, module, layout in experts:
         check_quantizable(type(module).__name__, layout)
@@ -53,9 +55,9 @@ def refuse_to_save(*args: object, **kwargs: object) -> None:
     raise NotImplementedError("a model with experts that qllm-ops holds quantised cannot be saved")
 
 
-def check_format(format: str) -> None:
+def check_format(argument: str, format: str) -> None:
     if format not in QUANTIZERS:
-        raise ValueError(f"format must be one of {', '.join(QUANTIZERS)}, got {format!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(QUANTIZERS)}, got {format!r}")
 
 
 def check_quantizable(class_name: str, layout: ExpertsLayout) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from qllm_ops.models import (
     install,
     make_preset,
     preemptible,
+    quantize_experts,
     save_preset,
     uninstall,
 )
@@ -352,8 +354,24 @@ def heard(model):
 
 
 def test_not_a_model():
-    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
-        install(nn.Linear(2, 2))
+    model = make_preset("tiny")
+    for other, said in (
+        (nn.Linear(2, 2), "got Linear$"),
+        (nn.Sequential(nn.Sequential(nn.Tanh(), model)), r"got Sequential, which has one: pass its \.0\.1$"),
+        (nn.DataParallel(model), r"got DataParallel, which has one: pass its \.module$"),
+        (torch.compile(model, backend="eager"), r"got OptimizedModule, which has one: pass its \._orig_mod$"),
+        (
+            types.SimpleNamespace(model=model),
+            r"got SimpleNamespace, which has one: pass its \.model$",
+        ),  # a pipeline
+        (type(model), "got the class MixtralForCausalLM$"),
+        (model.config, "got MixtralConfig$"),
+        ("a/folder", "got str; qllm_ops.models.load reads one from a folder"),
+    ):
+        for call in (install, uninstall, lambda model: quantize_experts(model, "int4")):
+            with pytest.raises(TypeError, match="^model must be a transformers PreTrainedModel, " + said):
+                call(other)
+    assert not uninstall(model)
     with torch.device("meta"):
         empty = make_preset("tiny")
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts has no weights in memory"):

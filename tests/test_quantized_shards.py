@@ -543,7 +543,7 @@ def test_quantize_is_refused_where_it_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"quantize must be None .* \(fp8\), got 'int4'"):
         load(tmp_path, quantize="int4")
     make_preset("tiny").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"format must be one of .*, got 'int2'"):
+    with pytest.raises(ValueError, match=r"quantize must be one of .*, got 'int2'"):
         load(tmp_path / "dense", quantize="int2")
     with pytest.raises(ValueError, match=r"quantize needs install=True"):
         load(tmp_path / "dense", quantize="int4", install=False)
