@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +57,8 @@ Stored = StoredTensor | QuantizedTensor
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device: str | int | torch.device = "cpu",
     flag: PriorityFlag | None = None,
     priority: int = 0,
     backend: str = "auto",
@@ -78,8 +81,8 @@ def load(
 
     Args:
         path: folder with config.json and *.safetensors, the experts one by one or fused.
-        dtype: of the weights; None for that of the checkpoint.
-        device: where the model goes, tensor by tensor.
+        dtype: of the weights, or its name; None or "auto" for that of the checkpoint.
+        device: where the model goes, tensor by tensor. All of it goes to one.
         flag, priority, backend, fp8_activations: for :func:`qllm_ops.models.install`.
         install: False leaves the experts to transformers, dequantised, for comparison; dense models load
             too then.
@@ -90,11 +93,11 @@ def load(
     Raises:
         CheckpointError: the folder, a file or a tensor is missing, surplus, twice there, damaged or of
             another shape.
-        ValueError: there are no MoE experts in the model; or ``quantize`` is no format, or given for experts
-            that are quantised or not installed.
+        TypeError, ValueError: there are no MoE experts in the model; an argument is none of the above; or
+            ``quantize`` is given for experts that are quantised or not installed.
         UnsupportedExpertsError: experts that qllm-ops does not support.
     """
-    path, device = Path(path), torch.device(device)
+    path, dtype, device = _folder(path), _dtype(dtype), _device(device)
     config = _read_config(path)
     quantization = _quantization(config)
     _check_quantize(quantize, path, quantization, install)
@@ -108,8 +111,7 @@ def load(
             del config.quantization_config
             stored = gather(stored, quantization, getattr(config, "dtype", None) or torch.bfloat16)
     # Refuse what cannot be installed or does not fit before the weights are read.
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton = _skeleton(path, config, dtype)
     projections = _projections(skeleton, quantize) if install else {}
     if stored is None:
         model = _from_pretrained(path, dtype)
@@ -128,17 +130,72 @@ def load(
     return model
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such folder; models are loaded from local folders, never downloaded"
-        )
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json in this folder, so it is not a Hugging Face model")
+def _folder(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a folder, as a string or a Path, got {type(path).__name__}")
+    folder = Path(os.path.expanduser(path))
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: no such folder, but a file; wanted the folder that it is in")
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
+    raise CheckpointError(
+        f"{folder}: no such folder; models are loaded from local folders, never downloaded"
+        + f" (huggingface_hub.snapshot_download({str(path)!r}) fetches one and returns its folder)"
+        * bool(hub)
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype must be a floating-point dtype of torch or "auto", got {dtype!r}')
+    return found
+
+
+def _device(device: str | int | torch.device) -> torch.device:
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: not a model configuration: {error}") from error
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
+    if found.type == "meta":
+        raise ValueError("device must have memory, got 'meta'")
+    return found
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    if not (path / "config.json").is_file():
+        inside = next(path.glob("snapshots/*/config.json"), None)  # the cache of huggingface_hub
+        raise CheckpointError(
+            f"{path}: no config.json in this folder, so it is not a Hugging Face model"
+            + (f"; {inside.parent} is" if inside else "")
+        )
+    with _as_config_error(path, "not a model configuration"):
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _skeleton(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model without memory."""
+    with torch.device("meta"), _as_config_error(path, "no causal language model can be made of it"):
+        return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+
+
+@contextlib.contextmanager
+def _as_config_error(path: Path, said: str) -> Iterator[None]:
+    """Whatever transformers raises over the values of a config.json names the file."""
+    try:
+        yield
+    except Exception as error:
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 400)  # it may list all architectures
+        if "trust_remote_code" in str(error):
+            why = (
+                "it names code of its own, which load does not run; from_pretrained(..., "
+                "trust_remote_code=True) does, and install takes what it gives"
+            )
+        raise CheckpointError(f"{path / 'config.json'}: {said}: {why}") from error
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -90,6 +90,55 @@ def test_load_arguments(tiny):
     assert model.config._experts_implementation != "qllm"
     assert load(tiny).dtype == torch.float32
     assert load(tiny, install=False).config._experts_implementation != "qllm"
+    for name, dtype in (
+        ("bfloat16", torch.bfloat16),
+        ("torch.float16", torch.float16),
+        ("auto", torch.float32),
+    ):
+        assert load(tiny, dtype=name, device=torch.device("cpu")).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"dtype": torch.int8},
+            ValueError,
+            'dtype must be a floating-point dtype of torch or "auto", got torch.int8',
+        ),
+        ({"dtype": "half-ish"}, ValueError, "dtype must be .*, got 'half-ish'"),
+        ({"dtype": 16}, ValueError, "dtype must be .*, got 16"),
+        (
+            {"dtype": torch.float64},
+            UnsupportedExpertsError,
+            r"gate_up_proj has dtype torch\.float64, wanted [^(]*;",
+        ),
+        ({"device": "auto"}, ValueError, "device must be one that torch has here, got 'auto'"),
+        ({"device": None}, ValueError, "device must be one that torch has here, got None"),
+        ({"device": {"": "cpu"}}, ValueError, "device must be one that torch has here, got {'': 'cpu'}"),
+        ({"device": "meta"}, ValueError, "device must have memory, got 'meta'"),
+        ({"quantize": "int5"}, ValueError, "quantize must be one of fp8, mxfp4, int4, got 'int5'"),
+    ],
+)
+def test_bad_arguments_are_named_before_a_weight_is_read(arguments, error, message, tiny, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "_Filling", lambda *a: pytest.fail("read"))
+    with pytest.raises(error, match=message):
+        load(tiny, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", [0, "cuda"])
+def test_a_device_that_is_not_there(device, tiny):
+    with pytest.raises(ValueError, match=f"device must be one that torch has here, got {device!r}"):
+        load(tiny, device=device)
+
+
+def test_a_folder_is_found_as_a_shell_finds_it(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert load("~/copy").name_or_path == str(copy)
+    assert check_safetensors("~/copy") == (copy / "model.safetensors",)
+    monkeypatch.chdir(copy.parent)
+    assert load("copy").name_or_path == "copy"
 
 
 def test_sharded(sharded):
@@ -511,27 +560,70 @@ def test_missing_or_misshapen_tensors(change, message, copy):
 
 
 def test_no_such_model(tiny, copy, tmp_path):
-    with pytest.raises(CheckpointError, match=r"some/model: no such folder; .* never downloaded"):
-        load("some/model")
-    with pytest.raises(CheckpointError, match="no such folder"):
-        load(tiny / "model.safetensors")
+    for path, message in (
+        ("some/model", r"^some/model: no such folder.*huggingface_hub\.snapshot_download\('some/model'\)"),
+        ("some/nested/model", r"no such folder; models are loaded from local folders, never downloaded$"),
+        (tmp_path / "model", r"/model: no such folder; .* never downloaded$"),
+        (tiny / "model.safetensors", r"model\.safetensors: no such folder, but a file; wanted the folder"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+    for path in (None, make_preset("tiny")):
+        with pytest.raises(TypeError, match=f"path must be a folder, .*, got {type(path).__name__}"):
+            load(path)
     with pytest.raises(CheckpointError, match="no such file or folder"):
         check_safetensors(tmp_path / "nowhere")
-    (copy / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: not a model configuration"):
-        load(copy)
-    (copy / "config.json").write_text('{"model_type": "no-such-architecture"}')
-    with pytest.raises(
-        CheckpointError, match=r"config\.json: not a model configuration.*no-such-architecture"
-    ):
-        load(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json .* Hugging Face model$"):
         load(copy)
     shutil.copy(tiny / "config.json", copy)
     (copy / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "not a model configuration: OSError"),
+        ({"model_type": "no-such-architecture"}, "not a model configuration: .*no-such-architecture"),
+        ({"hidden_size": "64"}, "not a model configuration: .*'hidden_size' expected int, got str"),
+        ({"hidden_act": "nope"}, "no causal language model can be made of it: KeyError: 'nope'"),
+        (
+            {"model_type": "t5"},
+            r"no causal language model can be made of it: ValueError: .*T5Config.*\[\.\.\.\]$",
+        ),
+        (
+            {
+                "model_type": "mine",
+                "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"},
+            },
+            "names code of its own, which load does not run",
+        ),
+    ],
+)
+def test_configurations_that_are_none(change, message, copy):
+    config = copy / "config.json"
+    config.write_text(
+        change if isinstance(change, str) else json.dumps(json.loads(config.read_text()) | change)
+    )
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        load(copy)
+
+
+def test_the_cache_of_the_hub(tiny, tmp_path):
+    """Links to blobs, in a folder of a folder; and what an interrupted download leaves: a link to nothing."""
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    for file in tiny.iterdir():
+        shutil.copy(file, tmp_path / f"blob-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blob-{file.name}")
+    assert torch.equal(logits(load(snapshot)), logits(load(tiny)))
+    with pytest.raises(CheckpointError, match=rf"no config\.json .*; {re.escape(str(snapshot))} is$"):
+        load(tmp_path)
+    (tmp_path / "blob-model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a folder, or a link to nothing"):
+        load(snapshot)
 
 
 def test_not_an_moe_model(tmp_path):
