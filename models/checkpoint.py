@@ -331,6 +331,12 @@ def _check_target(
     path: Path, model: PreTrainedModel, wanted: dict[str, torch.Tensor], target: _Target
 ) -> None:
     whole = wanted[target.name]
+    for tensor in target.stored:
+        if whole.is_floating_point() and not _meta(tensor).is_floating_point():
+            # from_pretrained converts: packed numbers to nonsense, complex ones to a half of them.
+            raise CheckpointError(
+                f"{tensor} is {tensor.code}, wanted a floating-point dtype for {target.name}"
+            )
     kinds = {type(tensor): tensor for tensor in target.stored}
     if len(kinds) > 1 and target.is_stack(whole):
         dense, quantized = kinds[StoredTensor], kinds[QuantizedTensor]

@@ -524,6 +524,10 @@ def fused_beside(tensors):
     tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 64, 96)
 
 
+def as_dtype(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
 def one_layer_more(tensors):
     for name in [name for name in tensors if "layers.1." in name]:
         tensors[name.replace("layers.1", "layers.2")] = tensors[name].clone()
@@ -545,6 +549,12 @@ def one_layer_more(tensors):
             no_gates,
             r"0 tensors \*\.experts\.\*\.w1\.weight for model\.layers\.1\..*\.gate_up_proj, wanted 8",
         ),
+        (
+            as_dtype("model.norm.weight", torch.int64),
+            r"model\.norm\.weight is I64, wanted a floating-point dtype for model\.norm\.weight",
+        ),
+        (as_dtype(EXPERT + "w1.weight", torch.int8), rf"{EXPERT}w1\.weight is I8, .* for .*\.gate_up_proj"),
+        (as_dtype("lm_head.weight", torch.complex64), r"tensor lm_head\.weight is C64, wanted a floating"),
         (fused_beside, r"would be model\.layers\.1\.mlp\.experts\.down_proj, which .*wanted one of them"),
         (
             one_layer_more,
