@@ -447,22 +447,20 @@ def _without_weights(
 
     Returns the model and the dtype that each stored tensor is to be converted to.
     """
-    if config.sub_configs.get("text_config") is model_class.config_class:  # as the Auto classes do
+    only_text = config.sub_configs.get("text_config") is model_class.config_class
+    if only_text:  # as the Auto classes do
         config = config.get_text_config()
     # By file and name: where config.json names no dtype, that of the first tensor in this order counts.
     in_order = sorted(stored.values(), key=lambda tensor: (str(tensor.file), tensor.name))
     headers = {tensor.name: _Header(tensor) for tensor in in_order}
-    try:
-        with _no_progress_of_transformers():
-            model, info = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=headers,
-                dtype="auto" if dtype is None else dtype,
-                output_loading_info=True,
-            )
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its tensors do not fit config.json: {error}") from error
+    with _no_progress_of_transformers():
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=headers,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+        )
     # What is missing transformers fills with random numbers, and what is surplus it leaves out.
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
@@ -470,6 +468,10 @@ def _without_weights(
             f"{path}: {len(names)} tensors of the model are not in the checkpoint: {', '.join(names[:3])}"
         )
     surplus = sorted(info["unexpected_keys"])
+    if only_text:  # the parts for images lie beside it (Llama 4): those of which nothing at all is used
+        left = {tensor.name for tensors in unused.values() for tensor in tensors}
+        parts = {name.partition(".")[0] for name in stored.keys() - left}
+        surplus = [name for name in surplus if name.partition(".")[0] in parts]
     if surplus:
         first = unused.get(surplus[0], [f"{path}: tensor {surplus[0]}"])[0]
         raise CheckpointError(
@@ -654,6 +656,7 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     for key, said in (
         ("missing_keys", "not in the checkpoint"),
         ("mismatched_keys", "of another shape than config.json says"),
+        ("unexpected_keys", "surplus: the model has no place for them"),
         ("error_msgs", "not loaded"),
     ):
         wrong = info.get(key)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import SUPPORTED, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qllm_ops import PriorityFlag
@@ -20,8 +20,10 @@ from qllm_ops.models import (
     CheckpointError,
     UnsupportedExpertsError,
     check_safetensors,
+    install,
     load,
     make_preset,
+    quantize_experts,
     uninstall,
 )
 from qllm_ops.models import checkpoint as checkpoint_module
@@ -244,6 +246,21 @@ def test_architectures(model_type, tmp_path, monkeypatch):
     assert_same(load(tmp_path / "fused", install=False), theirs(tmp_path / "fused"))
 
 
+@pytest.mark.parametrize("model_type", ["llama4", "qwen3_5_moe", "qwen4_exp"])
+def test_the_text_model_of_one_for_images(model_type, tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("vis" in name for name in stored)
+    for dtype in (None, torch.bfloat16):
+        assert_same(load(tmp_path, dtype=dtype, install=False), theirs(tmp_path, dtype))
+    text = next(name for name in stored if "vis" not in name and "layers.1." in name)
+    edit(tmp_path, lambda tensors: tensors.update({text.replace("layers.1", "layers.9"): torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"layers\.9\..* is surplus"):
+        load(tmp_path, install=False)
+
+
 EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts", "deepseek_v3": "n_routed_experts"}
 
 
@@ -373,6 +390,29 @@ def test_other_quantised_checkpoints_are_left_to_transformers(copy, monkeypatch)
     )
     load(copy, install=False)
     assert asked == [(copy, None)]
+
+
+def test_a_config_that_names_a_file_of_its_own_is_left_to_transformers(copy):
+    config = json.loads((copy / "config.json").read_text()) | {"transformers_weights": "own.safetensors"}
+    (copy / "config.json").write_text(json.dumps(config))
+    whole = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    save_file(whole, copy / "own.safetensors", metadata={"format": "pt"})
+    assert_same(load(copy, install=False), theirs(copy))
+    ours, wanted = load(copy, quantize="int4"), theirs(copy)
+    quantize_experts(wanted, "int4")
+    install(wanted)
+    assert torch.equal(logits(ours), logits(wanted))
+    for damage, message in (
+        ({"lm_head.weight": None}, "1 tensors are not in the checkpoint: lm_head.weight"),
+        ({"lm_head.weight": torch.zeros(3, 64)}, "of another shape than config.json says: lm_head.weight"),
+        ({"a.weight": torch.zeros(3)}, "surplus: .*: a.weight"),
+        ({EXPERT + "w1.weight": torch.zeros(3, 64)}, "tensors do not fit config.json"),
+    ):
+        left = {name: tensor for name, tensor in (whole | damage).items() if tensor is not None}
+        save_file(left, copy / "own.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            load(copy)
 
 
 # -- damage ------------------------------------------------------------------------------------------

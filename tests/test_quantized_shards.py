@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from conformity import tiny_config
 from quantized_models import (
     IDS,
     assert_same_logits,
@@ -19,7 +20,7 @@ from quantized_models import (
     qwen3,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 
 from qllm_ops import quantize_fp8, quantize_int4, quantize_mxfp4
@@ -275,6 +276,27 @@ def test_stored_zero_points_arrive_unchanged(tmp_path):
         wanted = quantize_int4(dense.get_parameter(key), 64, symmetric=False)
         for part in ("values", "scales", "zeros"):
             assert torch.equal(getattr(weight, part).float(), getattr(wanted, part).float()), (key, part)
+
+
+def test_a_conversion_works_on_what_was_dequantised(tmp_path):
+    """Of HRM, projections are stored as one that is cut in two."""
+    model = AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING["hrm_text"]))
+    blocks = functools.partial(in_fp8, block=(64, 32))
+    tensors = load_file(save_quantized(tmp_path / "fp8", model, blocks) / "model.safetensors")
+
+    def dequantise(dense):
+        for name in [name for name in dense if name + "_scale_inv" in tensors]:
+            values, scales = tensors[name], tensors[name + "_scale_inv"]
+            dense[name] = (
+                values.float().unflatten(1, (-1, 32)) * scales.repeat_interleave(64, 0)[..., None]
+            ).flatten(1)
+
+    change(save_quantized(tmp_path / "dense", model, lambda tensors: None), dequantise)
+    ours, wanted = load(tmp_path / "fp8", install=False), load(tmp_path / "dense", install=False)
+    cut = "model.L_module.layers.1.mlp.gate_proj.weight"
+    assert not torch.equal(wanted.state_dict()[cut], model.state_dict()[cut])
+    for key, tensor in wanted.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], tensor), key
 
 
 def test_dtype_is_of_what_is_not_quantised(tmp_path):
