@@ -39,7 +39,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging as transformers_logging
 
-from qllm_ops import PriorityFlag, QuantizedWeight
+from qllm_ops import MoeRun, PriorityFlag, QuantizedWeight
 
 from .experts import ExpertsLayout
 from .install import find_experts
@@ -98,6 +98,8 @@ def load(
         UnsupportedExpertsError: experts that qllm-ops does not support.
     """
     path, dtype, device = _folder(path), _dtype(dtype), _device(device)
+    if install:
+        _check_run(device, flag, priority, backend)
     config = _read_config(path)
     quantization = _quantization(config)
     _check_quantize(quantize, path, quantization, install)
@@ -164,6 +166,13 @@ def _device(device: str | int | torch.device) -> torch.device:
     if found.type == "meta":
         raise ValueError("device must have memory, got 'meta'")
     return found
+
+
+def _check_run(device: torch.device, flag: PriorityFlag | None, priority: int, backend: str) -> None:
+    """What `install` would refuse when all weights are read."""
+    weights = torch.empty(1, 32, 16, device=device), torch.empty(1, 16, 16, device=device)
+    pairs = torch.empty(0, 1, dtype=torch.int64, device=device), torch.empty(0, 1, device=device)
+    MoeRun(torch.empty(0, 16, device=device), *weights, *pairs, flag=flag, priority=priority, backend=backend)
 
 
 def _read_config(path: Path) -> PreTrainedConfig:

@@ -119,6 +119,9 @@ def test_load_arguments(tiny):
         ({"device": None}, ValueError, "device must be one that torch has here, got None"),
         ({"device": {"": "cpu"}}, ValueError, "device must be one that torch has here, got {'': 'cpu'}"),
         ({"device": "meta"}, ValueError, "device must have memory, got 'meta'"),
+        ({"backend": "cublas"}, ValueError, "^backend must be one of auto, torch, triton, got 'cublas'"),
+        ({"flag": PriorityFlag(), "priority": 2}, ValueError, "^priority must be .* 0 to 1, got 2"),
+        ({"flag": "x"}, TypeError, "^flag must be a PriorityFlag or None, got str"),
         ({"quantize": "int5"}, ValueError, "quantize must be one of fp8, mxfp4, int4, got 'int5'"),
     ],
 )
