@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -39,8 +37,9 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging as transformers_logging
 
-from qllm_ops import MoeRun, PriorityFlag, QuantizedWeight
+from qllm_ops import PriorityFlag, QuantizedWeight
 
+from .arguments import as_device, as_dtype, as_folder, check_run
 from .experts import ExpertsLayout
 from .install import find_experts
 from .install import install as install_experts
@@ -97,9 +96,24 @@ def load(
             ``quantize`` is given for experts that are quantised or not installed.
         UnsupportedExpertsError: experts that qllm-ops does not support.
     """
-    path, dtype, device = _folder(path), _dtype(dtype), _device(device)
+    path, dtype, device = as_folder(path), as_dtype(dtype), as_device(device)
     if install:
-        _check_run(device, flag, priority, backend)
+        check_run(device, flag, priority, backend)
+    with torch.device("cpu"):  # not the user's default device, which transformers would obey
+        model = _read(path, dtype, device, install, quantize, progress)
+    if install:
+        install_experts(model, flag, priority, backend=backend, fp8_activations=fp8_activations)
+    return model
+
+
+def _read(
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    install: bool,
+    quantize: str | None,
+    progress: bool | None,
+) -> PreTrainedModel:
     config = _read_config(path)
     quantization = _quantization(config)
     _check_quantize(quantize, path, quantization, install)
@@ -126,53 +140,7 @@ def load(
         shown = sys.stderr.isatty() if progress is None else progress
         _Filling(model, dtypes, device, projections, quantize).fill(targets, shown)
         _finish(model, path)
-    model = model.to(device).eval()
-    if install:
-        install_experts(model, flag, priority, backend=backend, fp8_activations=fp8_activations)
-    return model
-
-
-def _folder(path: str | Path) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path must be a folder, as a string or a Path, got {type(path).__name__}")
-    folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: no such folder, but a file; wanted the folder that it is in")
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.parent.exists()
-    raise CheckpointError(
-        f"{folder}: no such folder; models are loaded from local folders, never downloaded"
-        + f" (huggingface_hub.snapshot_download({str(path)!r}) fetches one and returns its folder)"
-        * bool(hub)
-    )
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f'dtype must be a floating-point dtype of torch or "auto", got {dtype!r}')
-    return found
-
-
-def _device(device: str | int | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
-    if found.type == "meta":
-        raise ValueError("device must have memory, got 'meta'")
-    return found
-
-
-def _check_run(device: torch.device, flag: PriorityFlag | None, priority: int, backend: str) -> None:
-    """What `install` would refuse when all weights are read."""
-    weights = torch.empty(1, 32, 16, device=device), torch.empty(1, 16, 16, device=device)
-    pairs = torch.empty(0, 1, dtype=torch.int64, device=device), torch.empty(0, 1, device=device)
-    MoeRun(torch.empty(0, 16, device=device), *weights, *pairs, flag=flag, priority=priority, backend=backend)
+    return model.to(device).eval()
 
 
 def _read_config(path: Path) -> PreTrainedConfig:

@@ -512,10 +512,10 @@ def find_activation(
     """
     device = _compute_device(module)
     # Around zero the activations differ; far out a clamp or a soft cap shows, on gate or on up.
-    near = torch.linspace(-8, 8, 385, dtype=torch.float64)
-    far = torch.logspace(0, 4.8, 40, dtype=torch.float64)
+    wide = {"dtype": torch.float64, "device": "cpu"}  # whatever the user's defaults are
+    near, far = torch.linspace(-8, 8, 385, **wide), torch.logspace(0, 4.8, 40, **wide)
     gate = torch.cat([near, far, -far]).repeat(7)
-    up = torch.tensor([1.0, -0.5, 3.0, 300.0, -300.0, 6e4, -6e4], dtype=torch.float64)
+    up = torch.tensor([1.0, -0.5, 3.0, 300.0, -300.0, 6e4, -6e4], **wide)
     up = up.repeat_interleave(len(gate) // 7)
     for interleaved in (False, True) if gated else (False,):
 
@@ -543,7 +543,7 @@ def find_activation(
 
 def _fit(ask: Callable[[Tensor, Tensor], Tensor]) -> list[Activation]:
     """Activations that agree with a gating at gate 1; which one it is shows elsewhere."""
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     at_zero, at_one, far_out = (ask(one, up * one).item() for up in (0.0, 1.0, 1e6))
     act_of_one = at_one - at_zero  # act(1) * (1 + offset) - act(1) * offset
     if not (math.isfinite(far_out) and act_of_one > 0):
@@ -576,7 +576,7 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
     columns = intermediate_size * (2 if layout.gated else 1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(device)
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(device)
 
     order = -1 if layout.transposed else 1
     small = copy.copy(module)
@@ -590,7 +590,7 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
         small._parameters["down_proj_bias"] = nn.Parameter(normal(num_experts, hidden_size))
     hidden_states = normal(num_tokens, hidden_size)
     hidden_states[1::2] *= 100  # far enough to meet a clamp
-    choices = [torch.randperm(num_experts, generator=random)[:top_k] for _ in range(num_tokens)]
+    choices = [torch.randperm(num_experts, generator=random, device="cpu")[:top_k] for _ in range(num_tokens)]
     top_k_index, top_k_weights = torch.stack(choices).to(device), normal(num_tokens, top_k)
     try:
         with torch.no_grad():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conformity import Row, output_of, tiny_model
+from tiny_models import defaults_of
 from torch import nn
 
 from qllm_ops import PriorityFlag
@@ -152,6 +153,14 @@ def test_a_model_in_training_mode_is_compared_without_dropout_and_stays_in_it():
     model = make("switch_transformers").train()
     install(model)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+@pytest.mark.parametrize("name", ["dbrx", "llama4"])
+def test_the_users_defaults_are_not_obeyed(name, default):
+    model = make(name)
+    with defaults_of(default):
+        assert len(install(model)) == 2
 
 
 def test_a_paused_thread_can_install():

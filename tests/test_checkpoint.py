@@ -11,7 +11,7 @@ from conformity import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import SUPPORTED, tiny_model
+from tiny_models import SUPPORTED, defaults_of, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -136,6 +136,16 @@ def test_bad_arguments_are_named_before_a_weight_is_read(arguments, error, messa
 def test_a_device_that_is_not_there(device, tiny):
     with pytest.raises(ValueError, match=f"device must be one that torch has here, got {device!r}"):
         load(tiny, device=device)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+def test_the_users_defaults_are_not_obeyed(default, tiny):
+    wanted = logits(load(tiny)), logits(load(tiny, quantize="int4"))
+    with defaults_of(default):
+        models = load(tiny), load(tiny, quantize="int4")
+    for model, its in zip(models, wanted, strict=True):
+        assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+        assert torch.equal(logits(model), its)
 
 
 def test_a_folder_is_found_as_a_shell_finds_it(copy, monkeypatch):
@@ -521,23 +531,6 @@ def test_a_conversion_that_does_not_fit_is_refused_by_name(tmp_path):
     edit(tmp_path, lambda tensors: tensors.update({name: torch.zeros(3)}))
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*: cannot be put together to .*conv1d"):
         load(tmp_path, install=False)
-
-
-def test_missing_shard(sharded):
-    shard = check_safetensors(sharded)[1]
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=f"{shard.name}: no such file") as caught:
-        load(sharded)
-    assert "model.layers" in str(caught.value) or "model.embed" in str(caught.value)
-
-
-def test_tensor_not_in_its_shard(sharded):
-    index = json.loads((sharded / "model.safetensors.index.json").read_text())
-    first = sorted(set(index["weight_map"].values()))[0]
-    index["weight_map"]["model.not.there"] = first
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{first}: no tensor model\.not\.there"):
-        load(sharded)
 
 
 def cut_lm_head(tensors):

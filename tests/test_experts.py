@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_models import dense_model
+from tiny_models import OTHER_LAYOUTS, defaults_of
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 from qllm_ops import Activation
-from qllm_ops.models import UnsupportedExpertsError
+from qllm_ops.models import UnsupportedExpertsError, install
 from qllm_ops.models.experts import experts_forward, experts_layout
 
 
@@ -175,6 +177,14 @@ def test_refused_tensors(change, reason):
     change(experts)
     with pytest.raises(UnsupportedExpertsError, match=reason):
         experts_layout(experts)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+@pytest.mark.parametrize("name", ["tiny", "tiny-deepseek-v3", *OTHER_LAYOUTS])
+def test_the_users_defaults_are_not_obeyed(name, default):
+    wanted, model = install(dense_model(name)), dense_model(name)
+    with defaults_of(default):
+        assert install(model) == wanted
 
 
 def test_a_layout_is_looked_at_again_when_the_activation_is_replaced():

@@ -118,6 +118,23 @@ def test_bad_index(text, sharded):
         check_safetensors(sharded)
 
 
+def test_missing_shard(sharded):
+    shard = check_safetensors(sharded)[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name}: no such file") as caught:
+        stored_tensors(sharded)
+    assert "model.layers" in str(caught.value) or "model.embed" in str(caught.value)
+
+
+def test_tensor_not_in_its_shard(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+    index["weight_map"]["model.not.there"] = first
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{first}: no tensor model\.not\.there"):
+        stored_tensors(sharded)
+
+
 def save(folder, files, index=True):
     """Files of small tensors, by name, and an index of them."""
     for file, tensors in files.items():
