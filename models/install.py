@@ -110,7 +110,8 @@ def install(
     compared with their own on a few tokens. Those that keep gate, up or each expert apart (DBRX, Switch) are
     fused, one module at a time; `state_dict`, `load_state_dict` and `save_pretrained` go on with the names
     and values of the class, through copies of the fused layers. `uninstall` undoes all of it. Installing
-    again changes what is said here. A copy of the model keeps the experts, not the flag.
+    again changes what is said here. A copy of the model keeps the experts, not the flag; it is uninstalled by
+    itself.
     So that several threads can run the model, rotary embeddings that would change themselves while they
     run ("dynamic" and "longrope" scaling) keep no state between calls from then on.
 

@@ -110,7 +110,7 @@ def make_preset(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     preset = PRESETS[name]
     no_special_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = AutoConfig.for_model(preset.model_type, **preset.sizes, **no_special_tokens)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -91,8 +91,9 @@ def test_save_load_and_copy_an_installed_model(name, tmp_path):
     incomplete.pop(next(key for key in incomplete if ".experts." in key))
     with pytest.raises(RuntimeError, match="Missing key"):
         twin.load_state_dict(incomplete)
-    install(twin), uninstall(twin)
+    assert uninstall(twin)
     same_state(twin.state_dict(), saved.state_dict())
+    assert not any(is_adopted(module) for module in adapted(twin))
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])

@@ -268,6 +268,13 @@ def test_a_copy_keeps_the_experts_and_not_the_flag():
     flag.pause(0)
     twin = copy.deepcopy(model)
     assert in_thread(logits, twin)().shape == (2, 24, 128)
+    assert uninstall(twin)
+    assert torch.equal(logits(twin), logits(make_preset("tiny")))
+    assert (twin.config._experts_implementation, model.config._experts_implementation) == (
+        "grouped_mm",
+        "qllm",
+    )
+    assert not uninstall(twin)
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -307,6 +314,8 @@ def test_a_pickle_of_an_installed_model_is_read_by_a_process_that_knows_nothing_
     with (tmp_path / "model").open("rb") as file:
         again, _, wanted = pickle.load(file)
     assert torch.equal(in_thread(logits, again)(), wanted)  # the experts, not the flag
+    assert uninstall(again)
+    assert again.config._experts_implementation == "grouped_mm"
     subprocess.run([sys.executable, "-c", READ, tmp_path / "model"], check=True, timeout=120)
 
 
