@@ -538,7 +538,7 @@ class _Filling:
 
     def _take(self, name: str, value: torch.Tensor) -> None:
         if self.quantize and name in self.projections:
-            self._hold(name, quantize_stored(value, self.projections[name], self.quantize))
+            self._hold(name, quantize_stored(name, value, self.projections[name], self.quantize))
         else:
             self.full[id(self.empty[name])] = value
 

@@ -26,7 +26,8 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
 
     Raises:
         TypeError: ``model`` is none of transformers.
-        ValueError: no such format, no experts in the model, or they are quantised already.
+        ValueError: no such format, no experts in the model, or they are quantised already; a weight that is
+            not finite, whose tensor is named: those before it are quantised then.
         UnsupportedExpertsError: experts that qllm-ops does not support, or supports with dense weights only.
     """
     check_model(model)
@@ -38,7 +39,8 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
             raise ValueError(f"{name} is quantised already: {layout.weights(module)[1]}")
     for name, module, layout in experts:
         for leaf in (layout.first, "down_proj"):
-            hold(model, f"{name}.{leaf}", quantize_stored(getattr(module, leaf), layout, format))
+            weight = quantize_stored(f"{name}.{leaf}", getattr(module, leaf), layout, format)
+            hold(model, f"{name}.{leaf}", weight)
 
 
 def hold(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> None:
@@ -67,6 +69,9 @@ def check_quantizable(class_name: str, layout: ExpertsLayout) -> None:
         raise UnsupportedExpertsError(f"{class_name} cannot be quantised by qllm-ops: {reason}", (reason,))
 
 
-def quantize_stored(weight: Tensor, layout: ExpertsLayout, format: str) -> QuantizedWeight:
+def quantize_stored(name: str, weight: Tensor, layout: ExpertsLayout, format: str) -> QuantizedWeight:
     """A dense weight as it lies in the experts module, quantised in rows."""
-    return QUANTIZERS[format](weight.detach().mT if layout.transposed else weight.detach())
+    try:
+        return QUANTIZERS[format](weight.detach().mT if layout.transposed else weight.detach())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
