@@ -35,6 +35,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.utils import is_peft_available
 from transformers.utils import logging as transformers_logging
 
 from qllm_ops import PriorityFlag, QuantizedWeight
@@ -118,6 +119,10 @@ def _read(
     quantization = _quantization(config)
     _check_quantize(quantize, path, quantization, install)
     if _only_by_transformers(path, config):
+        if _adapter(path).is_file() and not is_peft_available():
+            raise CheckpointError(
+                f"{_adapter(path)}: without the package peft, this adapter would be left out"
+            )
         check_safetensors(path)
         stored = None
     else:
@@ -610,9 +615,13 @@ def _only_by_transformers(path: Path, config: PreTrainedConfig) -> bool:
     quantization = _quantization(config)
     return (
         (quantization is not None and quantization.get("quant_method") not in METHODS)
-        or (path / "adapter_config.json").is_file()
+        or _adapter(path).is_file()
         or any(own_files)
     )
+
+
+def _adapter(path: Path) -> Path:
+    return path / "adapter_config.json"
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:

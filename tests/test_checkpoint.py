@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SUPPORTED, defaults_of, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_peft_available
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import (
@@ -426,6 +427,13 @@ def test_a_config_that_names_a_file_of_its_own_is_left_to_transformers(copy):
         save_file(left, copy / "own.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=message):
             load(copy)
+
+
+@pytest.mark.skipif(is_peft_available(), reason="peft is installed")
+def test_an_adapter_is_not_left_out(copy):
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: without the package peft, .* left out"):
+        load(copy)
 
 
 # -- damage ------------------------------------------------------------------------------------------
