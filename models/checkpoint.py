@@ -80,7 +80,8 @@ def load(
     transformers. A model with quantised experts cannot be saved.
 
     Args:
-        path: folder with config.json and *.safetensors, the experts one by one or fused.
+        path: folder with config.json and *.safetensors, the experts one by one or fused. Where transformers
+            has a text model for a checkpoint that has parts for images too, those parts are left out.
         dtype: of the weights, or its name; None or "auto" for that of the checkpoint.
         device: where the model goes, tensor by tensor. All of it goes to one.
         flag, priority, backend, fp8_activations: for :func:`qllm_ops.models.install`.
