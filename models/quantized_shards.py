@@ -117,6 +117,10 @@ def _fp8(
     for name in [name for name in left if name.endswith("_scale_inv")]:
         scales = left.pop(name)
         values = _take(left, name.removesuffix("_scale_inv"), scales)
+        if values.code != "F8_E4M3":  # DeepSeek-V4's experts are I8, two numbers of 4 bits each
+            raise CheckpointError(
+                f"{values} is {values.code}, wanted F8_E4M3; from_pretrained and install may take it"
+            )
         block = quantization.get("weight_block_size") or one_block(*values.shape[-2:])
         yield QuantizedTensor(values.name, values.shape, dtype, "fp8", tuple(block), values, scales)
 

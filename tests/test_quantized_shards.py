@@ -376,6 +376,11 @@ def no_scales_of_one_expert(tensors):
     del tensors[GATE + "_scale_inv"]
 
 
+@damage("fp8", GATE, "is I8, wanted F8_E4M3")
+def two_numbers_in_a_byte(tensors):
+    tensors[GATE] = tensors[GATE].view(torch.int8)[:, ::2].contiguous()
+
+
 @damage("fp8", "_scale_inv", "[1, 1]", "[1, 2]")
 def one_column_of_scales(tensors):
     tensors[GATE + "_scale_inv"] = tensors[GATE + "_scale_inv"][:, :1].clone()
