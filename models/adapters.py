@@ -74,7 +74,7 @@ class Adapter:
             transposed=self.transposed,
             has_bias=False,
             has_norm=False,
-            act_fn=getattr(module, "act_fn", None),
+            act_fn=act_fn,
             weights_on_input=self.weights_on_input,
             stored=self.weights,
         )

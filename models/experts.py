@@ -422,11 +422,12 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     Raises:
         UnsupportedExpertsError: names the class and everything about it that is not supported.
     """
-    layout = _layouts.get(module)
-    if layout is not None and layout.act_fn is getattr(module, "act_fn", None):
+    layout, adapter = _layouts.get(module), ADAPTED.get(type(module).__name__)
+    act_fn = adapter.act_fn(module) if adapter else getattr(module, "act_fn", None)
+    if layout is not None and layout.act_fn is act_fn:
         return layout
-    if type(module).__name__ in ADAPTED:
-        layout = _layouts[module] = ADAPTED[type(module).__name__].layout(module)
+    if adapter:
+        layout = _layouts[module] = adapter.layout(module)
         setattr(module, HANDLE, Handle(module))
         return layout
     layout = ExpertsLayout(
@@ -436,7 +437,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
         transposed=getattr(module, "is_transposed", False),
         has_bias=getattr(module, "has_bias", False),
         has_norm=getattr(module, "has_post_expert_norm", False),
-        act_fn=getattr(module, "act_fn", None),
+        act_fn=act_fn,
     )
     reasons = _declared_differences(module, layout)
     if not reasons:

@@ -150,6 +150,20 @@ def test_a_class_that_computes_something_else_is_refused_and_left_as_it_was(name
     assert not any(is_adopted(module) for module in adapted(model))
 
 
+def test_an_activation_that_is_replaced_is_looked_at_again():
+    model = make("jetmoe")
+    install(model)
+    for module in adapted(model):
+        module.activation = nn.GELU()
+    got = output_of(model)
+    uninstall(model)
+    wanted = output_of(model)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    adapted(model)[0].activation = nn.Tanh()
+    with pytest.raises(UnsupportedExpertsError, match="JetMoeMoE: its activation is not fused"):
+        install(model)
+
+
 def test_a_model_in_training_mode_is_compared_without_dropout_and_stays_in_it():
     model = make("switch_transformers").train()
     install(model)

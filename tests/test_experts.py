@@ -39,6 +39,10 @@ class Experts(nn.Module):
         return out
 
 
+class Packed(torch.Tensor):
+    """As libraries that quantise make them."""
+
+
 def variant(**changes):
     """An instance of a decorated class made of Experts and ``changes``."""
     flags = {key: changes.pop(key) for key in list(changes) if key.startswith(("is_", "has_"))}
@@ -169,6 +173,10 @@ def test_refused_variants(changes, reason):
         (lambda m: m.to(torch.float8_e5m2), r"gate_up_proj has dtype torch.float8_e5m2, .* \(quantised\?\)"),
         (lambda m: delattr(m, "gate_up_proj"), "no gate_up_proj"),
         (lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 30))), "down_proj has shape"),
+        (
+            lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 5, 6).as_subclass(Packed))),
+            "down_proj is a Packed, not a plain tensor",
+        ),
         (lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 6, 5))), "gate_up_proj is .* beside"),
     ],
 )
@@ -220,6 +228,17 @@ def test_experts_quantised_to_fp8():
     for scales in (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv):
         scales.data.fill_(1)
     assert torch.equal(experts(*batch), torch.zeros(1, 128))
+
+
+def test_a_graph_that_outlives_its_module_says_so():
+    tokens = torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    experts = variant()
+    experts(*tokens)
+    number = experts._qllm_handle.number
+    assert torch.equal(torch.ops.qllm_ops.experts(*tokens, number), experts(*tokens))
+    del experts
+    with pytest.raises(RuntimeError, match=rf"experts module {number}, which no longer exists"):
+        torch.ops.qllm_ops.experts(*tokens, number)
 
 
 def test_importing_registers_one_function():
