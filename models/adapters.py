@@ -74,7 +74,7 @@ class Adapter:
             transposed=self.transposed,
             has_bias=False,
             has_norm=False,
-            act_fn=getattr(module, "act_fn", None),
+            act_fn=act_fn,
             weights_on_input=self.weights_on_input,
             stored=self.weights,
         )
@@ -110,7 +110,8 @@ def adopt(module: nn.Module) -> bool:
         return False
     like = next(module.parameters())
     draw = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(8, _hidden_size(module), generator=draw).to(like.device, like.dtype)
+    hidden_states = torch.randn(8, _hidden_size(module), generator=draw, device="cpu")
+    hidden_states = hidden_states.to(like.device, like.dtype)
     example = adapter.example(module, hidden_states)
     with _in_eval_mode(module):
         wanted = _first(module(*example))

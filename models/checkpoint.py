@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +35,12 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.utils import is_peft_available
 from transformers.utils import logging as transformers_logging
 
 from qllm_ops import PriorityFlag, QuantizedWeight
 
+from .arguments import as_device, as_dtype, as_folder, check_run
 from .experts import ExpertsLayout
 from .install import find_experts
 from .install import install as install_experts
@@ -54,8 +57,8 @@ Stored = StoredTensor | QuantizedTensor
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    device: str | int | torch.device = "cpu",
     flag: PriorityFlag | None = None,
     priority: int = 0,
     backend: str = "auto",
@@ -77,9 +80,10 @@ def load(
     transformers. A model with quantised experts cannot be saved.
 
     Args:
-        path: folder with config.json and *.safetensors, the experts one by one or fused.
-        dtype: of the weights; None for that of the checkpoint.
-        device: where the model goes, tensor by tensor.
+        path: folder with config.json and *.safetensors, the experts one by one or fused. Where transformers
+            has a text model for a checkpoint that has parts for images too, those parts are left out.
+        dtype: of the weights, or its name; None or "auto" for that of the checkpoint.
+        device: where the model goes, tensor by tensor. All of it goes to one.
         flag, priority, backend, fp8_activations: for :func:`qllm_ops.models.install`.
         install: False leaves the experts to transformers, dequantised, for comparison; dense models load
             too then.
@@ -90,15 +94,36 @@ def load(
     Raises:
         CheckpointError: the folder, a file or a tensor is missing, surplus, twice there, damaged or of
             another shape.
-        ValueError: there are no MoE experts in the model; or ``quantize`` is no format, or given for experts
-            that are quantised or not installed.
+        TypeError, ValueError: there are no MoE experts in the model; an argument is none of the above; or
+            ``quantize`` is given for experts that are quantised or not installed.
         UnsupportedExpertsError: experts that qllm-ops does not support.
     """
-    path, device = Path(path), torch.device(device)
+    path, dtype, device = as_folder(path), as_dtype(dtype), as_device(device)
+    if install:
+        check_run(device, flag, priority, backend)
+    with torch.device("cpu"):  # not the user's default device, which transformers would obey
+        model = _read(path, dtype, device, install, quantize, progress)
+    if install:
+        install_experts(model, flag, priority, backend=backend, fp8_activations=fp8_activations)
+    return model
+
+
+def _read(
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    install: bool,
+    quantize: str | None,
+    progress: bool | None,
+) -> PreTrainedModel:
     config = _read_config(path)
     quantization = _quantization(config)
     _check_quantize(quantize, path, quantization, install)
     if _only_by_transformers(path, config):
+        if _adapter(path).is_file() and not is_peft_available():
+            raise CheckpointError(
+                f"{_adapter(path)}: without the package peft, this adapter would be left out"
+            )
         check_safetensors(path)
         stored = None
     else:
@@ -108,8 +133,7 @@ def load(
             del config.quantization_config
             stored = gather(stored, quantization, getattr(config, "dtype", None) or torch.bfloat16)
     # Refuse what cannot be installed or does not fit before the weights are read.
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton = _skeleton(path, config, dtype)
     projections = _projections(skeleton, quantize) if install else {}
     if stored is None:
         model = _from_pretrained(path, dtype)
@@ -122,23 +146,39 @@ def load(
         shown = sys.stderr.isatty() if progress is None else progress
         _Filling(model, dtypes, device, projections, quantize).fill(targets, shown)
         _finish(model, path)
-    model = model.to(device).eval()
-    if install:
-        install_experts(model, flag, priority, backend=backend, fp8_activations=fp8_activations)
-    return model
+    return model.to(device).eval()
 
 
 def _read_config(path: Path) -> PreTrainedConfig:
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such folder; models are loaded from local folders, never downloaded"
-        )
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json in this folder, so it is not a Hugging Face model")
+        inside = next(path.glob("snapshots/*/config.json"), None)  # the cache of huggingface_hub
+        raise CheckpointError(
+            f"{path}: no config.json in this folder, so it is not a Hugging Face model"
+            + (f"; {inside.parent} is" if inside else "")
+        )
+    with _as_config_error(path, "not a model configuration"):
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _skeleton(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model without memory."""
+    with torch.device("meta"), _as_config_error(path, "no causal language model can be made of it"):
+        return AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
+
+
+@contextlib.contextmanager
+def _as_config_error(path: Path, said: str) -> Iterator[None]:
+    """Whatever transformers raises over the values of a config.json names the file."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: not a model configuration: {error}") from error
+        yield
+    except Exception as error:
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 400)  # it may list all architectures
+        if "trust_remote_code" in str(error):
+            why = (
+                "it names code of its own, which load does not run; from_pretrained(..., "
+                "trust_remote_code=True) does, and install takes what it gives"
+            )
+        raise CheckpointError(f"{path / 'config.json'}: {said}: {why}") from error
 
 
 def _quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -151,7 +191,7 @@ def _check_quantize(
 ) -> None:
     if quantize is None:
         return
-    check_format(quantize)
+    check_format("quantize", quantize)
     if quantization:
         raise ValueError(
             f"quantize must be None for {path}, which is quantised already "
@@ -274,6 +314,12 @@ def _check_target(
     path: Path, model: PreTrainedModel, wanted: dict[str, torch.Tensor], target: _Target
 ) -> None:
     whole = wanted[target.name]
+    for tensor in target.stored:
+        if whole.is_floating_point() and not _meta(tensor).is_floating_point():
+            # from_pretrained converts: packed numbers to nonsense, complex ones to a half of them.
+            raise CheckpointError(
+                f"{tensor} is {tensor.code}, wanted a floating-point dtype for {target.name}"
+            )
     kinds = {type(tensor): tensor for tensor in target.stored}
     if len(kinds) > 1 and target.is_stack(whole):
         dense, quantized = kinds[StoredTensor], kinds[QuantizedTensor]
@@ -384,22 +430,20 @@ def _without_weights(
 
     Returns the model and the dtype that each stored tensor is to be converted to.
     """
-    if config.sub_configs.get("text_config") is model_class.config_class:  # as the Auto classes do
+    only_text = config.sub_configs.get("text_config") is model_class.config_class
+    if only_text:  # as the Auto classes do
         config = config.get_text_config()
     # By file and name: where config.json names no dtype, that of the first tensor in this order counts.
     in_order = sorted(stored.values(), key=lambda tensor: (str(tensor.file), tensor.name))
     headers = {tensor.name: _Header(tensor) for tensor in in_order}
-    try:
-        with _no_progress_of_transformers():
-            model, info = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=headers,
-                dtype="auto" if dtype is None else dtype,
-                output_loading_info=True,
-            )
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its tensors do not fit config.json: {error}") from error
+    with _no_progress_of_transformers():
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=headers,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+        )
     # What is missing transformers fills with random numbers, and what is surplus it leaves out.
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
@@ -407,6 +451,10 @@ def _without_weights(
             f"{path}: {len(names)} tensors of the model are not in the checkpoint: {', '.join(names[:3])}"
         )
     surplus = sorted(info["unexpected_keys"])
+    if only_text:  # the parts for images lie beside it (Llama 4): those of which nothing at all is used
+        left = {tensor.name for tensors in unused.values() for tensor in tensors}
+        parts = {name.partition(".")[0] for name in stored.keys() - left}
+        surplus = [name for name in surplus if name.partition(".")[0] in parts]
     if surplus:
         first = unused.get(surplus[0], [f"{path}: tensor {surplus[0]}"])[0]
         raise CheckpointError(
@@ -496,7 +544,7 @@ class _Filling:
 
     def _take(self, name: str, value: torch.Tensor) -> None:
         if self.quantize and name in self.projections:
-            self._hold(name, quantize_stored(value, self.projections[name], self.quantize))
+            self._hold(name, quantize_stored(name, value, self.projections[name], self.quantize))
         else:
             self.full[id(self.empty[name])] = value
 
@@ -568,9 +616,13 @@ def _only_by_transformers(path: Path, config: PreTrainedConfig) -> bool:
     quantization = _quantization(config)
     return (
         (quantization is not None and quantization.get("quant_method") not in METHODS)
-        or (path / "adapter_config.json").is_file()
+        or _adapter(path).is_file()
         or any(own_files)
     )
+
+
+def _adapter(path: Path) -> Path:
+    return path / "adapter_config.json"
 
 
 def _from_pretrained(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -591,6 +643,7 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     for key, said in (
         ("missing_keys", "not in the checkpoint"),
         ("mismatched_keys", "of another shape than config.json says"),
+        ("unexpected_keys", "surplus: the model has no place for them"),
         ("error_msgs", "not loaded"),
     ):
         wrong = info.get(key)

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
 
 from torch import nn
 
 
 class Choice:
-    """One such attribute of configs, ``_experts_implementation`` say, for every model of this process."""
+    """One such attribute of configs, ``_experts_implementation`` say, for every model of this process.
+
+    What a model named before is kept on the model, beside its configs, so that a copy of it, or a pickle, can
+    be put back by itself.
+    """
 
     def __init__(self, name: str):
         self.name = name
-        self._before: weakref.WeakKeyDictionary[nn.Module, list[tuple[object, str | None]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._kept = f"_qllm_before{name}"
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def __contains__(self, model: nn.Module) -> bool:
         """Whether the model's choice has been changed."""
-        return model in self._before
+        return self._kept in vars(model)
 
     def read(self, model: nn.Module) -> list[tuple[object, str | None]]:
         """Every config in the model, and what it names now."""
@@ -36,16 +40,19 @@ class Choice:
     def remember(self, model: nn.Module) -> bool:
         """Call before the model's configs are changed. False if they have been already."""
         with self._lock:
-            if model in self._before:
+            self._models.add(model)
+            if model in self:
                 return False
-            self._before[model] = [(config, self._first(config, name)) for config, name in self.read(model)]
+            before = [(config, self._first(config, name)) for config, name in self.read(model)]
+            setattr(model, self._kept, before)
             return True
 
     def put_back(self, model: nn.Module) -> None:
         """Undo the model's change, except on configs that another model has changed too."""
         with self._lock:
-            mine = self._before.pop(model, [])
-            in_use = {id(config) for others in self._before.values() for config, _ in others}
+            mine = vars(model).pop(self._kept, [])
+            self._models.discard(model)
+            in_use = {id(config) for config, _ in self._of_all()}
             self.write([(config, name) for config, name in mine if id(config) not in in_use])
 
     def write(self, names: list[tuple[object, str | None]]) -> None:
@@ -55,8 +62,8 @@ class Choice:
 
     def _first(self, config: object, name: str | None) -> str | None:
         """What the config named before the first model changed it."""
-        for others in self._before.values():
-            for other, before in others:
-                if other is config:
-                    return before
-        return name
+        return next((before for other, before in self._of_all() if other is config), name)
+
+    def _of_all(self) -> Iterator[tuple[object, str | None]]:
+        for model in self._models:
+            yield from vars(model).get(self._kept, ())

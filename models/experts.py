@@ -179,8 +179,16 @@ def experts_forward(
     """
     if torch.compiler.is_compiling() and getattr(module, HANDLE, None) is not None:
         number = getattr(module, HANDLE).number
-        return torch.ops.qllm_ops.experts(hidden_states.detach(), top_k_index, top_k_weights.detach(), number)
-    return uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
+        output = torch.ops.qllm_ops.experts(
+            hidden_states.detach(), top_k_index, top_k_weights.detach(), number
+        )
+    else:
+        output = uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
+    if torch.is_grad_enabled():
+        for tensor in (hidden_states, top_k_weights, *module.parameters()):
+            if tensor.requires_grad:
+                return _NoGradient.apply(output, tensor)
+    return output
 
 
 def _experts_forward(
@@ -210,8 +218,6 @@ def _experts_forward(
             flag.wait(preemption.priority)
         preemption.wasted_tiles += run.tiles_taken - run.tiles_done
         output = run.output
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
-        return _NoGradient.apply(output, hidden_states)
     return output
 
 
@@ -278,18 +284,33 @@ def _kind(value: Any) -> Any:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Lets a forward pass in grad mode through, and refuses to make up its gradient."""
+    """Lets a forward pass in grad mode through, and refuses to make up a gradient, ``tensor``'s say."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            'experts_implementation="qllm" is for inference and has no backward pass; '
-            "uninstall(model), or train with another experts implementation"
-        )
+        return None, torch.ops.qllm_ops.no_gradient(*grads, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("qllm_ops::no_gradient", mutates_args=())
+def no_gradient(grad: Tensor, tensor: Tensor) -> Tensor:
+    """An operator, because compilers trace a backward pass that nobody may ever run.
+
+    It is given ``grad`` so that they do not run it in the forward pass.
+    """
+    raise NotImplementedError(
+        'experts_implementation="qllm" is for inference and has no backward pass; '
+        "uninstall(model), or train with another experts implementation"
+    )
+
+
+@no_gradient.register_fake
+def _(grad: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
 
 
 # Both registries: the experts of a model quantised to FP8 ask the second one.
@@ -401,11 +422,12 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
     Raises:
         UnsupportedExpertsError: names the class and everything about it that is not supported.
     """
-    layout = _layouts.get(module)
-    if layout is not None and layout.act_fn is getattr(module, "act_fn", None):
+    layout, adapter = _layouts.get(module), ADAPTED.get(type(module).__name__)
+    act_fn = adapter.act_fn(module) if adapter else getattr(module, "act_fn", None)
+    if layout is not None and layout.act_fn is act_fn:
         return layout
-    if type(module).__name__ in ADAPTED:
-        layout = _layouts[module] = ADAPTED[type(module).__name__].layout(module)
+    if adapter:
+        layout = _layouts[module] = adapter.layout(module)
         setattr(module, HANDLE, Handle(module))
         return layout
     layout = ExpertsLayout(
@@ -415,7 +437,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
         transposed=getattr(module, "is_transposed", False),
         has_bias=getattr(module, "has_bias", False),
         has_norm=getattr(module, "has_post_expert_norm", False),
-        act_fn=getattr(module, "act_fn", None),
+        act_fn=act_fn,
     )
     reasons = _declared_differences(module, layout)
     if not reasons:
@@ -475,7 +497,8 @@ def _tensor_differences(name: str, tensor: Tensor | None, rank: int) -> list[str
     if type(tensor) not in (nn.Parameter, Tensor):
         return [f"{name} is a {type(tensor).__name__}, not a plain tensor"]
     if tensor.dtype not in DTYPES:
-        return [f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16 (quantised?)"]
+        perhaps = "" if tensor.dtype == torch.float64 else " (quantised?)"
+        return [f"{name} has dtype {tensor.dtype}, wanted float32, bfloat16 or float16{perhaps}"]
     if tensor.dim() != rank:
         return [f"{name} has shape {tuple(tensor.shape)}, wanted {rank} dimensions"]
     return []
@@ -490,10 +513,10 @@ def find_activation(
     """
     device = _compute_device(module)
     # Around zero the activations differ; far out a clamp or a soft cap shows, on gate or on up.
-    near = torch.linspace(-8, 8, 385, dtype=torch.float64)
-    far = torch.logspace(0, 4.8, 40, dtype=torch.float64)
+    wide = {"dtype": torch.float64, "device": "cpu"}  # whatever the user's defaults are
+    near, far = torch.linspace(-8, 8, 385, **wide), torch.logspace(0, 4.8, 40, **wide)
     gate = torch.cat([near, far, -far]).repeat(7)
-    up = torch.tensor([1.0, -0.5, 3.0, 300.0, -300.0, 6e4, -6e4], dtype=torch.float64)
+    up = torch.tensor([1.0, -0.5, 3.0, 300.0, -300.0, 6e4, -6e4], **wide)
     up = up.repeat_interleave(len(gate) // 7)
     for interleaved in (False, True) if gated else (False,):
 
@@ -521,7 +544,7 @@ def find_activation(
 
 def _fit(ask: Callable[[Tensor, Tensor], Tensor]) -> list[Activation]:
     """Activations that agree with a gating at gate 1; which one it is shows elsewhere."""
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     at_zero, at_one, far_out = (ask(one, up * one).item() for up in (0.0, 1.0, 1e6))
     act_of_one = at_one - at_zero  # act(1) * (1 + offset) - act(1) * offset
     if not (math.isfinite(far_out) and act_of_one > 0):
@@ -554,7 +577,7 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
     columns = intermediate_size * (2 if layout.gated else 1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(device)
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(device)
 
     order = -1 if layout.transposed else 1
     small = copy.copy(module)
@@ -568,7 +591,7 @@ def _observed_difference(module: nn.Module, layout: ExpertsLayout) -> list[str]:
         small._parameters["down_proj_bias"] = nn.Parameter(normal(num_experts, hidden_size))
     hidden_states = normal(num_tokens, hidden_size)
     hidden_states[1::2] *= 100  # far enough to meet a clamp
-    choices = [torch.randperm(num_experts, generator=random)[:top_k] for _ in range(num_tokens)]
+    choices = [torch.randperm(num_experts, generator=random, device="cpu")[:top_k] for _ in range(num_tokens)]
     top_k_index, top_k_weights = torch.stack(choices).to(device), normal(num_tokens, top_k)
     try:
         with torch.no_grad():

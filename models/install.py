@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -113,7 +114,8 @@ def install(
     compared with their own on a few tokens. Those that keep gate, up or each expert apart (DBRX, Switch) are
     fused, one module at a time; `state_dict`, `load_state_dict` and `save_pretrained` go on with the names
     and values of the class, through copies of the fused layers. `uninstall` undoes all of it. Installing
-    again changes what is said here. A copy of the model keeps the experts, not the flag.
+    again changes what is said here. A copy of the model keeps the experts, not the flag; it is uninstalled by
+    itself.
     So that several threads can run the model, rotary embeddings that would change themselves while they
     run ("dynamic" and "longrope" scaling) keep no state between calls from then on.
 
@@ -127,12 +129,12 @@ def install(
             :func:`qllm_ops.moe`. transformers' own FP8 experts do so; by default, ours do not.
 
     Raises:
+        TypeError: ``model`` is none of transformers; says what is, where one is inside of it.
         ValueError: there are no MoE experts in the model, or an argument does not fit it.
         UnsupportedExpertsError: experts that would be computed wrongly or never reached; names them.
         RuntimeError: the forward pass over two tokens failed, or an engine serves the model.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model(model)
     check_not_served(model, "installed again")
     experts = find_experts(model)
     for name, module, _ in experts:
@@ -182,6 +184,7 @@ def uninstall(model: PreTrainedModel) -> bool:
     A config that another installed model shares is left as it is until that one is uninstalled too.
     RuntimeError while an engine serves the model, whose work nothing could pause any more.
     """
+    check_model(model)
     check_not_served(model, "uninstalled")
     if model not in EXPERTS:
         return False
@@ -212,6 +215,22 @@ def installed(model: PreTrainedModel, *, backend: str = "auto") -> Iterator[Inst
             SETTINGS.update(earlier)
         else:
             uninstall(model)
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError for what is no model of transformers, and says where one is."""
+    if isinstance(model, PreTrainedModel):
+        return
+    if isinstance(model, nn.Module):
+        inside = [name for name, inner in model.named_modules() if isinstance(inner, PreTrainedModel)]
+    else:  # a pipeline
+        inside = ["model"] * isinstance(getattr(model, "model", None), PreTrainedModel)
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    if inside:
+        got += f", which has one: pass its .{inside[0]}"
+    elif isinstance(model, str | Path):
+        got += "; qllm_ops.models.load reads one from a folder, installs it, and quantises it if told to"
+    raise TypeError(f"model must be a transformers PreTrainedModel, got {got}")
 
 
 def check_not_served(model: PreTrainedModel, what: str) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from qllm_ops.quantized import QUANTIZERS, QuantizedWeight
 
 from .experts import ExpertsLayout, UnsupportedExpertsError
-from .install import check_not_served, find_experts
+from .install import check_model, check_not_served, find_experts
 from .projections import QuantizedProjection
 
 
@@ -25,12 +25,15 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
         format: "fp8" (blocks of 128 x 128), "mxfp4", or "int4" (symmetric, groups of 128).
 
     Raises:
-        ValueError: no such format, no experts in the model, or they are quantised already.
+        TypeError: ``model`` is none of transformers.
+        ValueError: no such format, no experts in the model, or they are quantised already; a weight that is
+            not finite, whose tensor is named: those before it are quantised then.
         UnsupportedExpertsError: experts that qllm-ops does not support, or supports with dense weights only.
         RuntimeError: an engine serves the model.
     """
-    check_format(format)
+    check_model(model)
     check_not_served(model, "quantised")
+    check_format("format", format)
     experts = find_experts(model)
     for name, module, layout in experts:
         check_quantizable(type(module).__name__, layout)
@@ -38,7 +41,8 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
             raise ValueError(f"{name} is quantised already: {layout.weights(module)[1]}")
     for name, module, layout in experts:
         for leaf in (layout.first, "down_proj"):
-            hold(model, f"{name}.{leaf}", quantize_stored(getattr(module, leaf), layout, format))
+            weight = quantize_stored(f"{name}.{leaf}", getattr(module, leaf), layout, format)
+            hold(model, f"{name}.{leaf}", weight)
 
 
 def hold(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> None:
@@ -55,9 +59,9 @@ def refuse_to_save(*args: object, **kwargs: object) -> None:
     raise NotImplementedError("a model with experts that qllm-ops holds quantised cannot be saved")
 
 
-def check_format(format: str) -> None:
+def check_format(argument: str, format: str) -> None:
     if format not in QUANTIZERS:
-        raise ValueError(f"format must be one of {', '.join(QUANTIZERS)}, got {format!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(QUANTIZERS)}, got {format!r}")
 
 
 def check_quantizable(class_name: str, layout: ExpertsLayout) -> None:
@@ -67,6 +71,9 @@ def check_quantizable(class_name: str, layout: ExpertsLayout) -> None:
         raise UnsupportedExpertsError(f"{class_name} cannot be quantised by qllm-ops: {reason}", (reason,))
 
 
-def quantize_stored(weight: Tensor, layout: ExpertsLayout, format: str) -> QuantizedWeight:
+def quantize_stored(name: str, weight: Tensor, layout: ExpertsLayout, format: str) -> QuantizedWeight:
     """A dense weight as it lies in the experts module, quantised in rows."""
-    return QUANTIZERS[format](weight.detach().mT if layout.transposed else weight.detach())
+    try:
+        return QUANTIZERS[format](weight.detach().mT if layout.transposed else weight.detach())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -117,6 +117,10 @@ def _fp8(
     for name in [name for name in left if name.endswith("_scale_inv")]:
         scales = left.pop(name)
         values = _take(left, name.removesuffix("_scale_inv"), scales)
+        if values.code != "F8_E4M3":  # DeepSeek-V4's experts are I8, two numbers of 4 bits each
+            raise CheckpointError(
+                f"{values} is {values.code}, wanted F8_E4M3; from_pretrained and install may take it"
+            )
         block = quantization.get("weight_block_size") or one_block(*values.shape[-2:])
         yield QuantizedTensor(values.name, values.shape, dtype, "fp8", tuple(block), values, scales)
 
@@ -183,30 +187,19 @@ def _gptq_or_awq(
             )
         scales, zeros = (_take(left, f"{base}.{part}", values) for part in ("scales", "qzeros"))
         order = left.pop(f"{base}.g_idx", None)
-        for part, code in ((values, "I32"), (zeros, "I32"), (scales, scales.code)):
-            if part.code != code or len(part.shape) != 2:
-                raise CheckpointError(
-                    f"{part} is {part.code} {list(part.shape)}, wanted {code} of two dimensions"
-                )
+        if values.code != "I32" or len(values.shape) != 2 or len(scales.shape) != 2:
+            raise CheckpointError(
+                f"{values} is {values.code} {list(values.shape)} with scales {list(scales.shape)}, "
+                "wanted I32 and scales, of two dimensions each"
+            )
         columns = values.shape[0] * (1 if method == "awq" else 8)
         groups, rows = scales.shape
-        group = columns // groups if groups and columns % groups == 0 else 0
-        wanted = [groups, -(-rows // 8)]
-        if list(zeros.shape) != wanted or (order and order.shape != (columns,)):
-            wrong, wanted = (zeros, wanted) if list(zeros.shape) != wanted else (order, [columns])
-            raise CheckpointError(f"{wrong} has shape {list(wrong.shape)}, wanted {wanted}")
-        yield QuantizedTensor(
-            f"{base}.weight",
-            (rows, columns),
-            dtype,
-            "int4",
-            (1, group),
-            values,
-            scales,
-            zeros,
-            order,
-            packing,
-        )
+        for part, wanted in ((zeros, (groups, -(-rows // 8))), (order, (columns,))):
+            if part and part.shape != wanted:
+                raise CheckpointError(f"{part} has shape {list(part.shape)}, wanted {list(wanted)}")
+        block = (1, columns // groups if groups and columns % groups == 0 else 0)
+        parts = (values, scales, zeros, order)
+        yield QuantizedTensor(f"{base}.weight", (rows, columns), dtype, "int4", block, *parts, packing)
 
 
 def _take(left: dict[str, StoredTensor], name: str, beside: StoredTensor) -> StoredTensor:

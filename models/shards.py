@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,40 +131,38 @@ def check_safetensors(path: str | Path) -> tuple[Path, ...]:
     Raises:
         CheckpointError: a file is missing, cut off or damaged, or a tensor is not where it should be.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         _read_header(path)
         return (path,)
-    return tuple(_read_folder(path)[0])
+    return tuple(_read_folder(path))
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors by name that transformers reads from ``folder``, after `check_safetensors`.
+    """The tensors by name that transformers reads from ``folder``, whose files are checked to be whole.
 
-    That is those of model.safetensors, or else of the shards that the index names; other files may
-    lie beside them (the same weights under the names of another library, for instance).
+    That is those of model.safetensors, or else of the shards that the index names. Other files may lie beside
+    them (the same weights under the names of another library, for instance), and are not looked at.
 
     Raises:
         CheckpointError: as `check_safetensors`, or two shards have a tensor of the same name.
     """
-    headers, shards = _read_folder(folder)
-    names = [WHOLE] if (folder / WHOLE).is_file() else sorted(shards)
-    if not names:
-        raise CheckpointError(f"{folder}: neither {WHOLE} nor {INDEX} in this folder")
     found: dict[str, StoredTensor] = {}
-    for name in names:
-        for tensor in headers[folder / name].values():
+    for header in _read_folder(folder, only_read=True).values():
+        for tensor in header.values():
             twin = found.setdefault(tensor.name, tensor)
             if twin is not tensor:
                 raise CheckpointError(f"{tensor} is also in {twin.file.name}, wanted it once")
     return found
 
 
-def _read_folder(folder: Path) -> tuple[dict[Path, dict[str, StoredTensor]], dict[str, list[str]]]:
-    """The headers of all safetensors files in a folder, and what its index says is in which."""
+def _read_folder(folder: Path, only_read: bool = False) -> dict[Path, dict[str, StoredTensor]]:
+    """The headers of all safetensors files in a folder, or of those alone that transformers reads."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such file or folder")
-    shards = _read_index(folder / INDEX)
+    files = sorted(folder.glob("*.safetensors"))
+    whole = only_read and folder / WHOLE in files
+    shards = {} if whole else _read_index(folder / INDEX)
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
         tensors = shards[missing[0]]
@@ -171,9 +170,18 @@ def _read_folder(folder: Path) -> tuple[dict[Path, dict[str, StoredTensor]], dic
             f"{folder / missing[0]}: no such file, but {INDEX} names it for {len(tensors)} tensors, "
             f"{tensors[0]} among them ({len(missing)} of {len(shards)} files are missing)"
         )
-    files = sorted({*folder.glob("*.safetensors"), *(folder / name for name in shards)})
-    if not files:
+    named = [folder / name for name in sorted(shards)]
+    if not files and not named:
         raise CheckpointError(f"{folder}: no *.safetensors file in this folder; other formats are not read")
+    if only_read:
+        if not whole and not named:
+            raise CheckpointError(
+                f"{folder}: neither {WHOLE} nor {INDEX} in this folder, but {files[0].name}, which "
+                "transformers would not read"
+            )
+        files = [folder / WHOLE] if whole else named
+    else:
+        files = sorted({*files, *named})
     headers = {file: _read_header(file) for file in files}
     for name, tensors in shards.items():
         for tensor in tensors:
@@ -182,7 +190,7 @@ def _read_folder(folder: Path) -> tuple[dict[Path, dict[str, StoredTensor]], dic
                     f"{folder / name}: no tensor {tensor}, but {INDEX} says that it is here"
                 )
     _check_every_expert(folder, {tensor for header in headers.values() for tensor in header})
-    return headers, shards
+    return headers
 
 
 def _read_index(file: Path) -> dict[str, list[str]]:
@@ -192,6 +200,8 @@ def _read_index(file: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     try:
         for tensor, name in json.loads(file.read_bytes())["weight_map"].items():
+            if not isinstance(name, str):
+                raise TypeError(f"{name!r} is no file for {tensor}")
             shards.setdefault(name, []).append(tensor)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -202,6 +212,8 @@ def _read_index(file: Path) -> dict[str, list[str]]:
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, after checking its header and its length."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: a folder, or a link to nothing; wanted a file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

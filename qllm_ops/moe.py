@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -301,7 +302,7 @@ def moe_reference(
     )
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     with torch.no_grad():
-        for t, k in torch.cartesian_prod(*(torch.arange(n) for n in top_k_index.shape)).tolist():
+        for t, k in itertools.product(*map(range, top_k_index.shape)):
             e = int(top_k_index[t, k])
             if not 0 <= e < x.num_experts:
                 continue

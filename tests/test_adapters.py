@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conformity import Row, output_of, tiny_model
+from tiny_models import defaults_of
 from torch import nn
 
 from qllm_ops import PriorityFlag
@@ -90,8 +91,9 @@ def test_save_load_and_copy_an_installed_model(name, tmp_path):
     incomplete.pop(next(key for key in incomplete if ".experts." in key))
     with pytest.raises(RuntimeError, match="Missing key"):
         twin.load_state_dict(incomplete)
-    install(twin), uninstall(twin)
+    assert uninstall(twin)
     same_state(twin.state_dict(), saved.state_dict())
+    assert not any(is_adopted(module) for module in adapted(twin))
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
@@ -148,10 +150,32 @@ def test_a_class_that_computes_something_else_is_refused_and_left_as_it_was(name
     assert not any(is_adopted(module) for module in adapted(model))
 
 
+def test_an_activation_that_is_replaced_is_looked_at_again():
+    model = make("jetmoe")
+    install(model)
+    for module in adapted(model):
+        module.activation = nn.GELU()
+    got = output_of(model)
+    uninstall(model)
+    wanted = output_of(model)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    adapted(model)[0].activation = nn.Tanh()
+    with pytest.raises(UnsupportedExpertsError, match="JetMoeMoE: its activation is not fused"):
+        install(model)
+
+
 def test_a_model_in_training_mode_is_compared_without_dropout_and_stays_in_it():
     model = make("switch_transformers").train()
     install(model)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+@pytest.mark.parametrize("name", ["dbrx", "llama4"])
+def test_the_users_defaults_are_not_obeyed(name, default):
+    model = make(name)
+    with defaults_of(default):
+        assert len(install(model)) == 2
 
 
 def test_a_paused_thread_can_install():

@@ -11,17 +11,20 @@ from conformity import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import SUPPORTED, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import SUPPORTED, defaults_of, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_peft_available
 
 from qllm_ops import PriorityFlag
 from qllm_ops.models import (
     CheckpointError,
     UnsupportedExpertsError,
     check_safetensors,
+    install,
     load,
     make_preset,
+    quantize_experts,
     uninstall,
 )
 from qllm_ops.models import checkpoint as checkpoint_module
@@ -90,6 +93,68 @@ def test_load_arguments(tiny):
     assert model.config._experts_implementation != "qllm"
     assert load(tiny).dtype == torch.float32
     assert load(tiny, install=False).config._experts_implementation != "qllm"
+    for name, dtype in (
+        ("bfloat16", torch.bfloat16),
+        ("torch.float16", torch.float16),
+        ("auto", torch.float32),
+    ):
+        assert load(tiny, dtype=name, device=torch.device("cpu")).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"dtype": torch.int8},
+            ValueError,
+            'dtype must be a floating-point dtype of torch or "auto", got torch.int8',
+        ),
+        ({"dtype": "half-ish"}, ValueError, "dtype must be .*, got 'half-ish'"),
+        ({"dtype": 16}, ValueError, "dtype must be .*, got 16"),
+        (
+            {"dtype": torch.float64},
+            UnsupportedExpertsError,
+            r"gate_up_proj has dtype torch\.float64, wanted [^(]*;",
+        ),
+        ({"device": "auto"}, ValueError, "device must be one that torch has here, got 'auto'"),
+        ({"device": None}, ValueError, "device must be one that torch has here, got None"),
+        ({"device": {"": "cpu"}}, ValueError, "device must be one that torch has here, got {'': 'cpu'}"),
+        ({"device": "meta"}, ValueError, "device must have memory, got 'meta'"),
+        ({"backend": "cublas"}, ValueError, "^backend must be one of auto, torch, triton, got 'cublas'"),
+        ({"flag": PriorityFlag(), "priority": 2}, ValueError, "^priority must be .* 0 to 1, got 2"),
+        ({"flag": "x"}, TypeError, "^flag must be a PriorityFlag or None, got str"),
+        ({"quantize": "int5"}, ValueError, "quantize must be one of fp8, mxfp4, int4, got 'int5'"),
+    ],
+)
+def test_bad_arguments_are_named_before_a_weight_is_read(arguments, error, message, tiny, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "_Filling", lambda *a: pytest.fail("read"))
+    with pytest.raises(error, match=message):
+        load(tiny, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", [0, "cuda"])
+def test_a_device_that_is_not_there(device, tiny):
+    with pytest.raises(ValueError, match=f"device must be one that torch has here, got {device!r}"):
+        load(tiny, device=device)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+def test_the_users_defaults_are_not_obeyed(default, tiny):
+    wanted = logits(load(tiny)), logits(load(tiny, quantize="int4"))
+    with defaults_of(default):
+        models = load(tiny), load(tiny, quantize="int4")
+    for model, its in zip(models, wanted, strict=True):
+        assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+        assert torch.equal(logits(model), its)
+
+
+def test_a_folder_is_found_as_a_shell_finds_it(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert load("~/copy").name_or_path == str(copy)
+    assert check_safetensors("~/copy") == (copy / "model.safetensors",)
+    monkeypatch.chdir(copy.parent)
+    assert load("copy").name_or_path == "copy"
 
 
 def test_sharded(sharded):
@@ -193,6 +258,21 @@ def test_architectures(model_type, tmp_path, monkeypatch):
         assert_same(load(tmp_path / "own", dtype=dtype, install=False), theirs(tmp_path / "own", dtype))
     assert ARCHITECTURES[model_type] in seen
     assert_same(load(tmp_path / "fused", install=False), theirs(tmp_path / "fused"))
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "qwen3_5_moe", "qwen4_exp"])
+def test_the_text_model_of_one_for_images(model_type, tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("vis" in name for name in stored)
+    for dtype in (None, torch.bfloat16):
+        assert_same(load(tmp_path, dtype=dtype, install=False), theirs(tmp_path, dtype))
+    text = next(name for name in stored if "vis" not in name and "layers.1." in name)
+    edit(tmp_path, lambda tensors: tensors.update({text.replace("layers.1", "layers.9"): torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"layers\.9\..* is surplus"):
+        load(tmp_path, install=False)
 
 
 EXPERTS = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts", "deepseek_v3": "n_routed_experts"}
@@ -326,6 +406,36 @@ def test_other_quantised_checkpoints_are_left_to_transformers(copy, monkeypatch)
     assert asked == [(copy, None)]
 
 
+def test_a_config_that_names_a_file_of_its_own_is_left_to_transformers(copy):
+    config = json.loads((copy / "config.json").read_text()) | {"transformers_weights": "own.safetensors"}
+    (copy / "config.json").write_text(json.dumps(config))
+    whole = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    save_file(whole, copy / "own.safetensors", metadata={"format": "pt"})
+    assert_same(load(copy, install=False), theirs(copy))
+    ours, wanted = load(copy, quantize="int4"), theirs(copy)
+    quantize_experts(wanted, "int4")
+    install(wanted)
+    assert torch.equal(logits(ours), logits(wanted))
+    for damage, message in (
+        ({"lm_head.weight": None}, "1 tensors are not in the checkpoint: lm_head.weight"),
+        ({"lm_head.weight": torch.zeros(3, 64)}, "of another shape than config.json says: lm_head.weight"),
+        ({"a.weight": torch.zeros(3)}, "surplus: .*: a.weight"),
+        ({EXPERT + "w1.weight": torch.zeros(3, 64)}, "tensors do not fit config.json"),
+    ):
+        left = {name: tensor for name, tensor in (whole | damage).items() if tensor is not None}
+        save_file(left, copy / "own.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            load(copy)
+
+
+@pytest.mark.skipif(is_peft_available(), reason="peft is installed")
+def test_an_adapter_is_not_left_out(copy):
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: without the package peft, .* left out"):
+        load(copy)
+
+
 # -- damage ------------------------------------------------------------------------------------------
 
 
@@ -431,23 +541,6 @@ def test_a_conversion_that_does_not_fit_is_refused_by_name(tmp_path):
         load(tmp_path, install=False)
 
 
-def test_missing_shard(sharded):
-    shard = check_safetensors(sharded)[1]
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=f"{shard.name}: no such file") as caught:
-        load(sharded)
-    assert "model.layers" in str(caught.value) or "model.embed" in str(caught.value)
-
-
-def test_tensor_not_in_its_shard(sharded):
-    index = json.loads((sharded / "model.safetensors.index.json").read_text())
-    first = sorted(set(index["weight_map"].values()))[0]
-    index["weight_map"]["model.not.there"] = first
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{first}: no tensor model\.not\.there"):
-        load(sharded)
-
-
 def cut_lm_head(tensors):
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].contiguous()
 
@@ -475,6 +568,10 @@ def fused_beside(tensors):
     tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 64, 96)
 
 
+def as_dtype(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
 def one_layer_more(tensors):
     for name in [name for name in tensors if "layers.1." in name]:
         tensors[name.replace("layers.1", "layers.2")] = tensors[name].clone()
@@ -496,6 +593,12 @@ def one_layer_more(tensors):
             no_gates,
             r"0 tensors \*\.experts\.\*\.w1\.weight for model\.layers\.1\..*\.gate_up_proj, wanted 8",
         ),
+        (
+            as_dtype("model.norm.weight", torch.int64),
+            r"model\.norm\.weight is I64, wanted a floating-point dtype for model\.norm\.weight",
+        ),
+        (as_dtype(EXPERT + "w1.weight", torch.int8), rf"{EXPERT}w1\.weight is I8, .* for .*\.gate_up_proj"),
+        (as_dtype("lm_head.weight", torch.complex64), r"tensor lm_head\.weight is C64, wanted a floating"),
         (fused_beside, r"would be model\.layers\.1\.mlp\.experts\.down_proj, which .*wanted one of them"),
         (
             one_layer_more,
@@ -511,27 +614,70 @@ def test_missing_or_misshapen_tensors(change, message, copy):
 
 
 def test_no_such_model(tiny, copy, tmp_path):
-    with pytest.raises(CheckpointError, match=r"some/model: no such folder; .* never downloaded"):
-        load("some/model")
-    with pytest.raises(CheckpointError, match="no such folder"):
-        load(tiny / "model.safetensors")
+    for path, message in (
+        ("some/model", r"^some/model: no such folder.*huggingface_hub\.snapshot_download\('some/model'\)"),
+        ("some/nested/model", r"no such folder; models are loaded from local folders, never downloaded$"),
+        (tmp_path / "model", r"/model: no such folder; .* never downloaded$"),
+        (tiny / "model.safetensors", r"model\.safetensors: no such folder, but a file; wanted the folder"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+    for path in (None, make_preset("tiny")):
+        with pytest.raises(TypeError, match=f"path must be a folder, .*, got {type(path).__name__}"):
+            load(path)
     with pytest.raises(CheckpointError, match="no such file or folder"):
         check_safetensors(tmp_path / "nowhere")
-    (copy / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: not a model configuration"):
-        load(copy)
-    (copy / "config.json").write_text('{"model_type": "no-such-architecture"}')
-    with pytest.raises(
-        CheckpointError, match=r"config\.json: not a model configuration.*no-such-architecture"
-    ):
-        load(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json .* Hugging Face model$"):
         load(copy)
     shutil.copy(tiny / "config.json", copy)
     (copy / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no \*\.safetensors file"):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "not a model configuration: OSError"),
+        ({"model_type": "no-such-architecture"}, "not a model configuration: .*no-such-architecture"),
+        ({"hidden_size": "64"}, "not a model configuration: .*'hidden_size' expected int, got str"),
+        ({"hidden_act": "nope"}, "no causal language model can be made of it: KeyError: 'nope'"),
+        (
+            {"model_type": "t5"},
+            r"no causal language model can be made of it: ValueError: .*T5Config.*\[\.\.\.\]$",
+        ),
+        (
+            {
+                "model_type": "mine",
+                "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.M"},
+            },
+            "names code of its own, which load does not run",
+        ),
+    ],
+)
+def test_configurations_that_are_none(change, message, copy):
+    config = copy / "config.json"
+    config.write_text(
+        change if isinstance(change, str) else json.dumps(json.loads(config.read_text()) | change)
+    )
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        load(copy)
+
+
+def test_the_cache_of_the_hub(tiny, tmp_path):
+    """Links to blobs, in a folder of a folder; and what an interrupted download leaves: a link to nothing."""
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    for file in tiny.iterdir():
+        shutil.copy(file, tmp_path / f"blob-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blob-{file.name}")
+    assert torch.equal(logits(load(snapshot)), logits(load(tiny)))
+    with pytest.raises(CheckpointError, match=rf"no config\.json .*; {re.escape(str(snapshot))} is$"):
+        load(tmp_path)
+    (tmp_path / "blob-model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a folder, or a link to nothing"):
+        load(snapshot)
 
 
 def test_not_an_moe_model(tmp_path):

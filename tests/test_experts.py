@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_models import dense_model
+from tiny_models import OTHER_LAYOUTS, defaults_of
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 from qllm_ops import Activation
-from qllm_ops.models import UnsupportedExpertsError
+from qllm_ops.models import UnsupportedExpertsError, install
 from qllm_ops.models.experts import experts_forward, experts_layout
 
 
@@ -35,6 +37,10 @@ class Experts(nn.Module):
         for t, k in torch.cartesian_prod(*(torch.arange(n) for n in top_k_index.shape)).tolist():
             out[t] += self.expert(hidden_states[t], top_k_index[t, k]) * top_k_weights[t, k]
         return out
+
+
+class Packed(torch.Tensor):
+    """As libraries that quantise make them."""
 
 
 def variant(**changes):
@@ -163,9 +169,14 @@ def test_refused_variants(changes, reason):
             lambda m: setattr(m, "extra", nn.Linear(2, 2)),
             "tensors that would be ignored: extra.bias, extra.weight",
         ),
-        (lambda m: m.double(), "gate_up_proj has dtype torch.float64"),
+        (lambda m: m.double(), "gate_up_proj has dtype torch.float64, wanted [^(]*;"),
+        (lambda m: m.to(torch.float8_e5m2), r"gate_up_proj has dtype torch.float8_e5m2, .* \(quantised\?\)"),
         (lambda m: delattr(m, "gate_up_proj"), "no gate_up_proj"),
         (lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 30))), "down_proj has shape"),
+        (
+            lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 5, 6).as_subclass(Packed))),
+            "down_proj is a Packed, not a plain tensor",
+        ),
         (lambda m: setattr(m, "down_proj", nn.Parameter(torch.zeros(4, 6, 5))), "gate_up_proj is .* beside"),
     ],
 )
@@ -174,6 +185,14 @@ def test_refused_tensors(change, reason):
     change(experts)
     with pytest.raises(UnsupportedExpertsError, match=reason):
         experts_layout(experts)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+@pytest.mark.parametrize("name", ["tiny", "tiny-deepseek-v3", *OTHER_LAYOUTS])
+def test_the_users_defaults_are_not_obeyed(name, default):
+    wanted, model = install(dense_model(name)), dense_model(name)
+    with defaults_of(default):
+        assert install(model) == wanted
 
 
 def test_a_layout_is_looked_at_again_when_the_activation_is_replaced():
@@ -209,6 +228,17 @@ def test_experts_quantised_to_fp8():
     for scales in (experts.gate_up_proj_scale_inv, experts.down_proj_scale_inv):
         scales.data.fill_(1)
     assert torch.equal(experts(*batch), torch.zeros(1, 128))
+
+
+def test_a_graph_that_outlives_its_module_says_so():
+    tokens = torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    experts = variant()
+    experts(*tokens)
+    number = experts._qllm_handle.number
+    assert torch.equal(torch.ops.qllm_ops.experts(*tokens, number), experts(*tokens))
+    del experts
+    with pytest.raises(RuntimeError, match=rf"experts module {number}, which no longer exists"):
+        torch.ops.qllm_ops.experts(*tokens, number)
 
 
 def test_importing_registers_one_function():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from qllm_ops.models import (
     install,
     make_preset,
     preemptible,
+    quantize_experts,
     save_preset,
     uninstall,
 )
@@ -194,10 +196,17 @@ def test_by_name_alone(tmp_path):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
 
-def test_a_forward_in_grad_mode_works_and_a_backward_is_refused():
+@pytest.mark.parametrize("trained", ["", "mlp.gate", "mlp.experts", "layers.1.mlp.experts"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_in_grad_mode_works_and_a_backward_is_refused(compiled, trained):
+    """Whether the gradient is one of hidden states, of the router alone, or of the experts alone."""
     model = make_preset("tiny")
     install(model)
-    out = model(IDS).logits
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = trained in name
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    out = run(IDS).logits
     assert torch.equal(out.detach(), logits(model))
     with pytest.raises(NotImplementedError, match="no backward pass"):
         out.sum().backward()
@@ -259,6 +268,13 @@ def test_a_copy_keeps_the_experts_and_not_the_flag():
     flag.pause(0)
     twin = copy.deepcopy(model)
     assert in_thread(logits, twin)().shape == (2, 24, 128)
+    assert uninstall(twin)
+    assert torch.equal(logits(twin), logits(make_preset("tiny")))
+    assert (twin.config._experts_implementation, model.config._experts_implementation) == (
+        "grouped_mm",
+        "qllm",
+    )
+    assert not uninstall(twin)
 
 
 def test_a_copy_is_a_model_of_its_own():
@@ -298,6 +314,8 @@ def test_a_pickle_of_an_installed_model_is_read_by_a_process_that_knows_nothing_
     with (tmp_path / "model").open("rb") as file:
         again, _, wanted = pickle.load(file)
     assert torch.equal(in_thread(logits, again)(), wanted)  # the experts, not the flag
+    assert uninstall(again)
+    assert again.config._experts_implementation == "grouped_mm"
     subprocess.run([sys.executable, "-c", READ, tmp_path / "model"], check=True, timeout=120)
 
 
@@ -345,8 +363,24 @@ def heard(model):
 
 
 def test_not_a_model():
-    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
-        install(nn.Linear(2, 2))
+    model = make_preset("tiny")
+    for other, said in (
+        (nn.Linear(2, 2), "got Linear$"),
+        (nn.Sequential(nn.Sequential(nn.Tanh(), model)), r"got Sequential, which has one: pass its \.0\.1$"),
+        (nn.DataParallel(model), r"got DataParallel, which has one: pass its \.module$"),
+        (torch.compile(model, backend="eager"), r"got OptimizedModule, which has one: pass its \._orig_mod$"),
+        (
+            types.SimpleNamespace(model=model),
+            r"got SimpleNamespace, which has one: pass its \.model$",
+        ),  # a pipeline
+        (type(model), "got the class MixtralForCausalLM$"),
+        (model.config, "got MixtralConfig$"),
+        ("a/folder", "got str; qllm_ops.models.load reads one from a folder"),
+    ):
+        for call in (install, uninstall, lambda model: quantize_experts(model, "int4")):
+            with pytest.raises(TypeError, match="^model must be a transformers PreTrainedModel, " + said):
+                call(other)
+    assert not uninstall(model)
     with torch.device("meta"):
         empty = make_preset("tiny")
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts has no weights in memory"):

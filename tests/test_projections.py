@@ -10,7 +10,7 @@ from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from qllm_ops import QuantizedWeight, moe
+from qllm_ops import QuantizedWeight, moe, quantize_mxfp4
 from qllm_ops.models import UnsupportedExpertsError, install, make_preset, uninstall
 from qllm_ops.models.install import installed
 
@@ -49,6 +49,28 @@ def test_fp8_experts_of_transformers(options):
     assert_same_logits(logits(quantised), logits(dense))
     assert uninstall(quantised)
     assert quantised.config._experts_implementation != "qllm"
+
+
+def test_fp8_experts_of_four_bits():
+    """As DeepSeek-V4 has them: two numbers a byte, a power of two for every 32 of a row."""
+    dense = qwen3()
+    quantised = copy.deepcopy(dense)
+    config = FineGrainedFP8Config(scale_fmt="ue8m0", expert_dtype="fp4")
+    replace_with_fp8_linear(quantised, LINEAR, config)
+    for name, module in experts_of(quantised).items():
+        for leaf in ("gate_up_proj", "down_proj"):
+            weight = quantize_mxfp4(dense.get_parameter(f"{name}.{leaf}").data)
+            scales = weight.scales.contiguous().view(torch.float8_e8m0fnu)
+            setattr(module, leaf, nn.Parameter(weight.values.view(torch.int8), requires_grad=False))
+            setattr(module, leaf + "_scale_inv", nn.Parameter(scales, requires_grad=False))
+            dense.get_parameter(f"{name}.{leaf}").data.copy_(weight.dequantize())
+    report = install(quantised)
+    assert {(m.class_name, m.format) for m in report.modules} == {("FP8Experts", "mxfp4")}
+    assert_same_logits(logits(quantised), logits(dense))
+    module.down_proj_scale_inv = nn.Parameter(scales.float(), requires_grad=False)
+    module.down_proj.data = module.down_proj.data.clone()
+    with pytest.raises(TypeError, match=r"scales must be float8_e8m0fnu .*, got torch.float32"):
+        logits(quantised)
 
 
 def test_moved_fp8_experts_are_described_anew():

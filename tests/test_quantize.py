@@ -8,7 +8,7 @@ from quantized_models import assert_same_logits, dense_model, logits, projection
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qllm_ops.models import UnsupportedExpertsError, install, make_preset, quantize_experts, warming_up
+from qllm_ops.models import UnsupportedExpertsError, install, load, make_preset, quantize_experts, warming_up
 from qllm_ops.models.projections import QuantizedProjection
 from qllm_ops.quantized import FORMATS, QUANTIZERS
 
@@ -131,6 +131,16 @@ def test_what_cannot_be_quantised():
     quantize_experts(model, "int4")
     with pytest.raises(ValueError, match=r"experts is quantised already: int4"):
         quantize_experts(model, "fp8")
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    model = make_preset("tiny")
+    name = "model.layers.1.mlp.experts.down_proj"
+    model.get_parameter(name).data[2, 3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    for call in (lambda: load(tmp_path, quantize="int4"), lambda: quantize_experts(model, "int4")):
+        with pytest.raises(ValueError, match=f"{name}: weight must be finite, .* in expert 2"):
+            call()
 
 
 def test_experts_that_were_fused_are_refused_and_stay():

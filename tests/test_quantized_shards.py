@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from conformity import tiny_config
 from quantized_models import (
     IDS,
     assert_same_logits,
@@ -19,7 +20,7 @@ from quantized_models import (
     qwen3,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 
 from qllm_ops import quantize_fp8, quantize_int4, quantize_mxfp4
@@ -277,6 +278,27 @@ def test_stored_zero_points_arrive_unchanged(tmp_path):
             assert torch.equal(getattr(weight, part).float(), getattr(wanted, part).float()), (key, part)
 
 
+def test_a_conversion_works_on_what_was_dequantised(tmp_path):
+    """Of HRM, projections are stored as one that is cut in two."""
+    model = AutoModelForCausalLM.from_config(tiny_config(CONFIG_MAPPING["hrm_text"]))
+    blocks = functools.partial(in_fp8, block=(64, 32))
+    tensors = load_file(save_quantized(tmp_path / "fp8", model, blocks) / "model.safetensors")
+
+    def dequantise(dense):
+        for name in [name for name in dense if name + "_scale_inv" in tensors]:
+            values, scales = tensors[name], tensors[name + "_scale_inv"]
+            dense[name] = (
+                values.float().unflatten(1, (-1, 32)) * scales.repeat_interleave(64, 0)[..., None]
+            ).flatten(1)
+
+    change(save_quantized(tmp_path / "dense", model, lambda tensors: None), dequantise)
+    ours, wanted = load(tmp_path / "fp8", install=False), load(tmp_path / "dense", install=False)
+    cut = "model.L_module.layers.1.mlp.gate_proj.weight"
+    assert not torch.equal(wanted.state_dict()[cut], model.state_dict()[cut])
+    for key, tensor in wanted.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], tensor), key
+
+
 def test_dtype_is_of_what_is_not_quantised(tmp_path):
     save_quantized(tmp_path, qwen3(), in_fp8)
     model = load(tmp_path, dtype=torch.bfloat16)
@@ -352,6 +374,11 @@ def no_values(tensors):
 @damage("fp8", GATE + "_scale_inv")
 def no_scales_of_one_expert(tensors):
     del tensors[GATE + "_scale_inv"]
+
+
+@damage("fp8", GATE, "is I8, wanted F8_E4M3")
+def two_numbers_in_a_byte(tensors):
+    tensors[GATE] = tensors[GATE].view(torch.int8)[:, ::2].contiguous()
 
 
 @damage("fp8", "_scale_inv", "[1, 1]", "[1, 2]")
@@ -543,7 +570,7 @@ def test_quantize_is_refused_where_it_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"quantize must be None .* \(fp8\), got 'int4'"):
         load(tmp_path, quantize="int4")
     make_preset("tiny").save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match=r"format must be one of .*, got 'int2'"):
+    with pytest.raises(ValueError, match=r"quantize must be one of .*, got 'int2'"):
         load(tmp_path / "dense", quantize="int2")
     with pytest.raises(ValueError, match=r"quantize needs install=True"):
         load(tmp_path / "dense", quantize="int4", install=False)

@@ -109,11 +109,30 @@ def test_smallest_good_file(tmp_path):
     assert len(check_safetensors(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"w": []}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"w": []}}', '{"weight_map": {"w": 5}}']
+)
 def test_bad_index(text, sharded):
     (sharded / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json: not an index"):
         check_safetensors(sharded)
+
+
+def test_missing_shard(sharded):
+    shard = check_safetensors(sharded)[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name}: no such file") as caught:
+        stored_tensors(sharded)
+    assert "model.layers" in str(caught.value) or "model.embed" in str(caught.value)
+
+
+def test_tensor_not_in_its_shard(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+    index["weight_map"]["model.not.there"] = first
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{first}: no tensor model\.not\.there"):
+        stored_tensors(sharded)
 
 
 def save(folder, files, index=True):
@@ -140,6 +159,17 @@ def test_one_file_comes_before_an_index(tmp_path):
     save(tmp_path, {"a.safetensors": ["w"]})
     save(tmp_path, {"model.safetensors": ["w"]}, index=False)
     assert stored_tensors(tmp_path)["w"].file.name == "model.safetensors"
+    (tmp_path / "a.safetensors").unlink()
+    assert stored_tensors(tmp_path)["w"].file.name == "model.safetensors"
+
+
+def test_what_is_not_read_need_not_be_whole(tmp_path):
+    """A clone of which only some files were fetched; `check_safetensors` looks at all of them."""
+    save(tmp_path, {"a.safetensors": ["w"]})
+    (tmp_path / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert list(stored_tensors(tmp_path)) == ["w"]
+    with pytest.raises(CheckpointError, match=r"consolidated\.safetensors: a pointer of Git LFS"):
+        check_safetensors(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
@@ -172,7 +202,7 @@ def test_what_one_expert_of_a_layer_has_they_all_have(tensors, missing, cut, tmp
 
 def test_neither_one_file_nor_an_index(tmp_path):
     save(tmp_path, {"a.safetensors": ["w"]}, index=False)
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .*, but a\.safetensors"):
         stored_tensors(tmp_path)
 
 

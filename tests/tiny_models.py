@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -68,6 +71,19 @@ REFUSED = {
     "doge": {**_SIZES, "intermediate_size": 48, "is_moe": True, "num_experts": 16},
     "llama": {**_SIZES, "intermediate_size": 96},
 }
+
+
+@contextlib.contextmanager
+def defaults_of(default: torch.dtype | torch.device) -> Iterator[None]:
+    """A user's default dtype, or default device, which torch itself obeys."""
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with default if isinstance(default, torch.device) else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tiny_model(model_type: str) -> PreTrainedModel:
