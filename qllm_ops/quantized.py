@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qllm_ops.modes import plain
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of four-bit floating point: a bit of sign, two of exponent, one of mantissa."""
 
@@ -537,6 +539,7 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 }
 
 
+@plain
 def _by_expert(
     weight: Tensor,
     quantize: Callable[[Tensor], tuple[Tensor, ...]],
@@ -550,18 +553,17 @@ def _by_expert(
         raise ValueError(f"weight must be (E, N, K), none of them 0, got shape {tuple(weight.shape)}")
     at_once = PIECE if weight.device.type == "cpu" else weight[0].numel()
     rows = max(1, at_once // weight.shape[2] // block[0]) * block[0]
-    with torch.no_grad():
-        for number, expert in enumerate(weight):
-            if not expert.isfinite().all():
-                raise ValueError(f"weight must be finite, got infinity or NaN in expert {number}")
-            pieces = [quantize(piece.float().contiguous()) for piece in expert.split(rows)]
-            parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
-            if number == 0:
-                wholes = [part.new_empty(len(weight), *part.shape) for part in parts]
-            for whole, part in zip(wholes, parts, strict=True):
-                whole[number] = part
-        values, scales, *zeros = wholes
-        return QuantizedWeight(values, scales, format, block, weight.shape[2], *zeros)
+    for number, expert in enumerate(weight):
+        if not expert.isfinite().all():
+            raise ValueError(f"weight must be finite, got infinity or NaN in expert {number}")
+        pieces = [quantize(piece.float().contiguous()) for piece in expert.split(rows)]
+        parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
+        if number == 0:
+            wholes = [part.new_empty(len(weight), *part.shape) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[number] = part
+    values, scales, *zeros = wholes
+    return QuantizedWeight(values, scales, format, block, weight.shape[2], *zeros)
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
