@@ -233,8 +233,8 @@ def _check_dtypes(
     if top_k_index.dtype not in INDEX_DTYPES:
         raise TypeError(f"top_k_index must be an integer tensor such as int64, got {top_k_index.dtype}")
     for name, tensor in {"top_k_weights": top_k_weights, **biases}.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # torch does not add float8
+            raise TypeError(f"{name} must be a floating-point tensor of 16 bits or more, got {tensor.dtype}")
 
 
 def _check_quantized(

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import Activation, AnyActivation
+from qllm_ops.arguments import is_integer
 from qllm_ops.device import unsupported
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight, check_inputs
 from qllm_ops.library import kept, recorded, traced, uncompiled
 from qllm_ops.modes import asked_for_gradients, plain, refusing_gradients
-from qllm_ops.quantized import rounded_rows
+from qllm_ops.quantized import QuantizedWeight, rounded_rows
 from qllm_ops.tiles import EXIT_US
-from qllm_ops.torch_moe import TorchMoe, widened
+from qllm_ops.torch_moe import TorchMoe, checked, widened
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -65,12 +66,12 @@ def moe(
             hidden_states as it is multiplied; then down_proj is one of the same format.
         down_proj: (E, H, I), contiguous, dtype of hidden_states. Or quantised.
         top_k_index: (T, K), any integer dtype. A value outside [0, E) means "not here": skipped.
-        top_k_weights: (T, K), any floating-point dtype.
+        top_k_weights: (T, K), any floating-point dtype of 16 bits or more.
         activation: "silu", "gelu" (error function), "gelu_tanh", "relu", "relu2", or an
             :class:`qllm_ops.Activation` with the clamps that some models add. Or a function from
             (rows, 2I), in the layout of gate_up_proj, to (rows, I), on float32: right, but not fused, and
             not left halfway; it must treat every row alike.
-        gate_up_bias: (E, 2I), added to the first product; any floating-point dtype.
+        gate_up_bias: (E, 2I), added to the first product; a dtype as top_k_weights may have.
         down_bias: (E, H), added to the second one before it is weighted.
         gated: False: gate_up_proj is (E, I, H) and its product is only activated (Nemotron-H).
         interleaved: gate_up_proj's rows alternate, gate 0, up 0, gate 1, up 1, ... (gpt-oss), and so does
@@ -167,9 +168,10 @@ def _call(*tensors: Weight, **options: Any) -> Tensor:
 
 def _asked(tensors: tuple[Weight, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Those of the arguments of `moe` that require a gradient."""
+    dense = (x.scales if isinstance(x, QuantizedWeight) else x for x in tensors)
     biases = (options.get("gate_up_bias"), options.get("down_bias"))
     functions = (options.get("activation"), options.get("expert_norm"))
-    return asked_for_gradients((*tensors, *biases), functions)
+    return asked_for_gradients((*dense, *biases), functions)
 
 
 @plain
@@ -250,9 +252,7 @@ class MoeRun:
         Returns:
             True when every tile is done, False if the step left early.
         """
-        if max_tiles is not None and (
-            not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1
-        ):
+        if max_tiles is not None and (not is_integer(max_tiles) or max_tiles < 1):
             raise ValueError(f"max_tiles must be a positive integer or None, got {max_tiles!r}")
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("another thread is inside step(); a run takes one step at a time")
@@ -373,7 +373,8 @@ def _reference(x: MoeInputs) -> Tensor:
         if x.gate_up_bias is not None:
             gate_up += x.gate_up_bias[e].float()
         if not isinstance(x.activation, Activation):
-            gated = x.activation(gate_up[None])[0]
+            shape = (1, x.intermediate_size)
+            gated = checked("activation", x.activation(gate_up[None]), shape, output.device)[0].float()
         elif not x.gated:
             gated = x.activation(None, gate_up)
         elif x.interleaved:
@@ -386,14 +387,14 @@ def _reference(x: MoeInputs) -> Tensor:
         if x.down_bias is not None:
             down += x.down_bias[e].float()
         if x.expert_norm is not None:
-            down = x.expert_norm(down[None])[0]
+            down = checked("expert_norm", x.expert_norm(down[None]), (1, x.hidden_size), output.device)[0]
         output[t] += weight * down
     return output.to(x.hidden_states.dtype)
 
 
 def check_flag(flag: PriorityFlag | None, priority: int, device: torch.device) -> None:
     """Refuse a flag that this work cannot poll."""
-    if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
+    if not is_integer(priority) or priority < 0:
         raise ValueError(f"priority must be an integer of at least 0, got {priority!r}")
     if flag is None:
         return

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import qllm_ops
-from qllm_ops import MoeRun, moe, moe_reference
+from qllm_ops import MoeRun, QuantizedWeight, moe, moe_reference
 from qllm_ops.testing import QUANTIZED, MoeCase, assert_same_bits, own_gate, own_norm, quantize
 
 BACKENDS = ["torch"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
@@ -81,6 +81,18 @@ def test_a_gradient_is_refused_and_not_taken_for_zero(name, call):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert not call(**given).requires_grad
+
+
+def test_scales_that_require_a_gradient_count_as_well():
+    given = MoeCase(5, 16, 12, 4, 2, quantized="int4").tensors()
+    expected = moe(**given)
+    first = given["gate_up_proj"]
+    scales = first.scales.clone().requires_grad_()
+    given["gate_up_proj"] = QuantizedWeight(first.values, scales, "int4", first.block, first.columns)
+    output = moe(**given)
+    assert_same_bits(output.detach(), expected)
+    with pytest.raises(NotImplementedError, match=NO_BACKWARD):
+        output.sum().backward()
 
 
 def test_an_output_in_grad_mode_may_be_changed_in_place():
