@@ -38,6 +38,7 @@ from qllm_ops import (
 )
 from qllm_ops.inputs import DTYPES, Weight
 from qllm_ops.library import uncompiled
+from qllm_ops.modes import asked_for_gradients, refusing_gradients
 from qllm_ops.moe import check_flag
 
 from .projections import SCALES, UNUSED, stored_weight
@@ -184,11 +185,9 @@ def experts_forward(
         )
     else:
         output = uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
-    if torch.is_grad_enabled():
-        for tensor in (hidden_states, top_k_weights, *module.parameters()):
-            if tensor.requires_grad:
-                return _NoGradient.apply(output, tensor)
-    return output
+    return refusing_gradients(
+        output, asked_for_gradients((hidden_states, top_k_weights, *module.parameters()))
+    )
 
 
 def _experts_forward(
@@ -281,36 +280,6 @@ def _kind(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (value.shape, value.dtype)
     return "function" if callable(value) and not isinstance(value, Activation) else value
-
-
-class _NoGradient(torch.autograd.Function):
-    """Lets a forward pass in grad mode through, and refuses to make up a gradient, ``tensor``'s say."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, torch.ops.qllm_ops.no_gradient(*grads, *ctx.saved_tensors)
-
-
-@torch.library.custom_op("qllm_ops::no_gradient", mutates_args=())
-def no_gradient(grad: Tensor, tensor: Tensor) -> Tensor:
-    """An operator, because compilers trace a backward pass that nobody may ever run.
-
-    It is given ``grad`` so that they do not run it in the forward pass.
-    """
-    raise NotImplementedError(
-        'experts_implementation="qllm" is for inference and has no backward pass; '
-        "uninstall(model), or train with another experts implementation"
-    )
-
-
-@no_gradient.register_fake
-def _(grad: Tensor, tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
 
 
 # Both registries: the experts of a model quantised to FP8 ask the second one.

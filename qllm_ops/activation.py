@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qllm_ops.arguments import is_number
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 """SiLU, GELU with the error function, GELU with the tanh approximation, ReLU, and ReLU squared."""
 
@@ -36,6 +38,10 @@ class Activation:
     def __post_init__(self) -> None:
         if self.kind not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.kind!r}")
+        for name, value in (("alpha", self.alpha), ("limit", self.limit), ("up_offset", self.up_offset)):
+            if not is_number(value) and (name, value) != ("limit", None):
+                or_none = " or None" if name == "limit" else ""
+                raise TypeError(f"activation: {name} must be a number{or_none}, got {value!r}")
         if self.alpha != 1.0 and self.kind != "silu":
             raise ValueError(f'activation: alpha belongs to "silu", got {self.alpha} with {self.kind!r}')
         if not math.isfinite(self.alpha) or not math.isfinite(self.up_offset):
@@ -77,9 +83,10 @@ def as_activation(activation: str | AnyActivation) -> AnyActivation:
     """The activation that a name stands for. Raises ValueError, TypeError."""
     if isinstance(activation, str):
         return Activation(activation)
-    if isinstance(activation, Activation) or callable(activation):
+    a_class = isinstance(activation, type)  # Calling torch.nn.SiLU makes one.
+    if isinstance(activation, Activation) or (callable(activation) and not a_class):
         return activation
     raise TypeError(
         f"activation must be one of {', '.join(ACTIVATIONS)}, an Activation or a function, "
-        f"got {type(activation).__name__}"
+        f"got {f'the class {activation.__name__}' if a_class else type(activation).__name__}"
     )

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from qllm_ops.arguments import is_integer, is_number
 from qllm_ops.openmp import release_workers
 
 FULL = 2**31 - 1
@@ -53,6 +54,8 @@ Event = Callable[[str, int, float], None]
 
 class PriorityFlag:
     """How many programs each priority class may run, readable from inside a kernel.
+
+    A copy of it, as of a model that holds it, is the flag itself. It cannot be pickled.
 
     Args:
         device: where the words live: "cpu" or a CUDA device.
@@ -91,11 +94,12 @@ class PriorityFlag:
     ):
         if gate not in ("host", "stream"):
             raise ValueError(f'gate must be "host" or "stream", got {gate!r}')
-        if not isinstance(classes, int) or classes < 1:
+        if not is_integer(classes) or classes < 1:
             raise ValueError(f"classes must be a positive integer, got {classes!r}")
-        self.device = torch.device(device)
-        if self.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be a CPU or a CUDA device, got {self.device}")
+        for name, function in (("clock", clock), ("on_event", on_event)):
+            if not callable(function) and (name == "clock" or function is not None):
+                raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+        self.device = _device(device)
         with torch.inference_mode(False):  # or only threads in that mode could write them
             self.words = torch.full((classes,), FULL, dtype=torch.int32, device=self.device)
         self.device = self.words.device  # with its number, whatever device is current later
@@ -123,6 +127,20 @@ class PriorityFlag:
     def classes(self) -> int:
         return len(self._quota)
 
+    # -- copies --------------------------------------------------------------------------------------
+
+    def __copy__(self) -> PriorityFlag:
+        return self  # A copy of a model that holds it listens to whoever writes it, as the model does.
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PriorityFlag:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            "a PriorityFlag cannot be pickled: its words and whoever pauses by it are in this process; make "
+            "one where it is needed"
+        )
+
     # -- writing ---------------------------------------------------------------------------------
 
     def pause(
@@ -134,8 +152,8 @@ class PriorityFlag:
         which the pause ends by itself, in seconds; None means never.
         """
         c = self._check(priority)
-        if timeout_s is not None and not timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive or None, got {timeout_s!r}")
+        if timeout_s is not None and not (is_number(timeout_s) and timeout_s > 0):
+            raise ValueError(f"timeout_s must be a positive number of seconds or None, got {timeout_s!r}")
         with self._changed:
             now = self._clock()
             self._expire(now)
@@ -168,12 +186,12 @@ class PriorityFlag:
         A pause goes before a share: while the class is paused this only sets what it gets later.
         """
         c = self._check(priority)
-        if not isinstance(programs, int) or isinstance(programs, bool) or not 1 <= programs <= FULL:
+        if not is_integer(programs) or not 1 <= programs <= FULL:
             raise ValueError(
                 f"programs must be an integer from 1 to FULL, got {programs!r}; use pause() for 0"
             )
         with self._changed:
-            self._quota[c] = programs
+            self._quota[c] = int(programs)
             self._publish(c)
 
     @contextlib.contextmanager
@@ -209,6 +227,8 @@ class PriorityFlag:
         died.
         """
         c = self._check(priority)
+        if timeout_s is not None and (not is_number(timeout_s) or timeout_s != timeout_s):
+            raise ValueError(f"timeout_s must be a number of seconds or None, got {timeout_s!r}")
         with self._changed:
             now = self._clock()
             self._expire(now)
@@ -292,9 +312,24 @@ class PriorityFlag:
         return count
 
     def _check(self, priority: int) -> int:
-        if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority < self.classes:
+        if not is_integer(priority) or not 0 <= priority < self.classes:
             raise ValueError(f"priority must be an integer from 0 to {self.classes - 1}, got {priority!r}")
-        return priority
+        return int(priority)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device of a flag, if torch has it here."""
+    try:
+        made = torch.device(device)
+    except (RuntimeError, TypeError):  # Torch lists all its overloads, or devices that nobody has.
+        made = None
+    if made is None or made.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a CUDA device, got {device!s}")
+    if made.type == "cuda" and (made.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device must be a CPU or one of the {count} CUDA devices that torch finds here, got {made}"
+        )
+    return made
 
 
 def _watch(reference: weakref.ref[PriorityFlag]) -> None:

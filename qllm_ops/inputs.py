@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qllm_ops.activation import AnyActivation, as_activation
 from qllm_ops.invariant import is_batch_invariant
@@ -75,6 +76,11 @@ class MoeInputs:
         return self.down_proj.format if isinstance(self.down_proj, QuantizedWeight) else None
 
     @property
+    def in_memory(self) -> bool:
+        """False for tensors of the meta device and for fake ones, of which nothing can be computed."""
+        return not (self.hidden_states.is_meta or isinstance(self.hidden_states, FakeTensor))
+
+    @property
     def product_format(self) -> str | None:
         """What the products are of: weight_format, or W8A8 where both of their factors are float8."""
         return W8A8 if self.fp8_activations else self.weight_format
@@ -108,12 +114,18 @@ def check_inputs(
     Gradients are not recorded: every tensor is detached. Parameters may require a gradient.
 
     Raises:
+        RuntimeError: inside of a transform of torch.func, which gives tensors that are none.
         TypeError: an argument is no dense tensor, or has a dtype that is not supported; one weight is
             quantised and the other is not, or otherwise.
         ValueError: shapes, dtypes or devices do not fit each other, weights are not contiguous,
             quantised weights are said to be transposed, fp8_activations go with other weights than float8,
             or the activation is unknown.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "qllm_ops.moe cannot be called inside of torch.func's transforms (vmap, grad, jvp, ...): it has "
+            "no gradient, and takes a batch as more rows of hidden_states"
+        )
     switches = {"gated": gated, "interleaved": interleaved, "transposed": transposed}
     switches |= {"batch_invariant": batch_invariant, "weights_on_input": weights_on_input}
     switches["fp8_activations"] = fp8_activations
@@ -221,8 +233,8 @@ def _check_dtypes(
     if top_k_index.dtype not in INDEX_DTYPES:
         raise TypeError(f"top_k_index must be an integer tensor such as int64, got {top_k_index.dtype}")
     for name, tensor in {"top_k_weights": top_k_weights, **biases}.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # torch does not add float8
+            raise TypeError(f"{name} must be a floating-point tensor of 16 bits or more, got {tensor.dtype}")
 
 
 def _check_quantized(

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from qllm_ops.activation import Activation
 from qllm_ops.flag import NUMBERED, PriorityFlag
 from qllm_ops.inputs import Weight
+from qllm_ops.modes import refused_gradient
 from qllm_ops.quantized import QuantizedWeight
 
 NO_FLAG = -1
@@ -36,6 +38,16 @@ def numbered_flag(number: int) -> PriorityFlag | None:
     return flag
 
 
+def recorded() -> bool:
+    """Whether calls are written down to be repeated: by a compiler, an export, make_fx or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+def kept() -> bool:
+    """Whether what is written down may be saved, and run in another process."""
+    return torch.compiler.is_exporting() or (recorded() and not torch.compiler.is_compiling())
+
+
 def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the function; a compiler that is at work does not look into it."""
     call = _break_graph if torch.compiler.is_compiling() else _call
@@ -46,7 +58,23 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-_break_graph = torch.compiler.disable(_call)  # costs some microseconds in every call, compiled or not
+# Costs some microseconds in every call, compiled or not.
+_break_graph = torch.compiler.disable(
+    _call, reason="a MoeRun, or a function of yours in qllm_ops.moe, cannot be part of a graph"
+)
+
+
+def refuse_gradients(operator: torch.library.CustomOpDef) -> None:
+    """Give an operator a backward pass that raises when it runs, not when a compiler traces it."""
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        needed = zip(inputs, ctx.needs_input_grad, strict=False)  # torch adds an input of its own at the end
+        ctx.shapes = [x.shape if needs else None for x, needs in needed]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if shape is None else refused_gradient(grad, shape) for shape in ctx.shapes)
+
+    operator.register_autograd(backward, setup_context=remember)
 
 
 @torch.library.custom_op("qllm_ops::moe", mutates_args=())
@@ -136,9 +164,6 @@ def traced(
     else:
         scales, format, lists = (None,) * 4, None, ([], [], [], [])
     number = NO_FLAG if flag is None else flag.number
-    # As without a compiler, no gradient is recorded. Not by no_grad: an operator that raises inside of a
-    # compiled one leaves gradients off for the whole thread.
-    tensors, biases = ([x if x is None else x.detach() for x in some] for some in (tensors, biases))
     return torch.ops.qllm_ops.moe(
         *tensors, *scales, *biases, format, *lists, *act, *layout, *tiles, number, priority, backend
     )
@@ -147,3 +172,6 @@ def traced(
 @moe_op.register_fake
 def _(hidden_states: Tensor, *args: object) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape)
+
+
+refuse_gradients(moe_op)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from qllm_ops.activation import Activation, AnyActivation
+from qllm_ops.arguments import is_integer
 from qllm_ops.device import unsupported
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight, check_inputs
-from qllm_ops.library import traced, uncompiled
-from qllm_ops.quantized import rounded_rows
+from qllm_ops.library import kept, recorded, traced, uncompiled
+from qllm_ops.modes import asked_for_gradients, plain, refusing_gradients
+from qllm_ops.quantized import QuantizedWeight, rounded_rows
 from qllm_ops.tiles import EXIT_US
-from qllm_ops.torch_moe import TorchMoe, widened
+from qllm_ops.torch_moe import TorchMoe, checked, widened
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -53,8 +55,9 @@ def moe(
 
         output[t] = sum over k of top_k_weights[t, k] * (down_proj[e] @ (activation(gate) * up))
 
-    The sum over k is taken in increasing k, in float32, and rounded once. No argument is changed and
-    no gradient is recorded.
+    The sum over k is taken in increasing k, in float32, and rounded once. No argument is changed. Autocast
+    changes nothing, for functions of yours neither. There is no backward pass: where an argument requires a
+    gradient, the output does as well in grad mode, and asking for it raises NotImplementedError.
 
     Args:
         hidden_states: (T, H), float32, bfloat16 or float16. T may be 0.
@@ -63,12 +66,12 @@ def moe(
             hidden_states as it is multiplied; then down_proj is one of the same format.
         down_proj: (E, H, I), contiguous, dtype of hidden_states. Or quantised.
         top_k_index: (T, K), any integer dtype. A value outside [0, E) means "not here": skipped.
-        top_k_weights: (T, K), any floating-point dtype.
+        top_k_weights: (T, K), any floating-point dtype of 16 bits or more.
         activation: "silu", "gelu" (error function), "gelu_tanh", "relu", "relu2", or an
             :class:`qllm_ops.Activation` with the clamps that some models add. Or a function from
             (rows, 2I), in the layout of gate_up_proj, to (rows, I), on float32: right, but not fused, and
             not left halfway; it must treat every row alike.
-        gate_up_bias: (E, 2I), added to the first product; any floating-point dtype.
+        gate_up_bias: (E, 2I), added to the first product; a dtype as top_k_weights may have.
         down_bias: (E, H), added to the second one before it is weighted.
         gated: False: gate_up_proj is (E, I, H) and its product is only activated (Nemotron-H).
         interleaved: gate_up_proj's rows alternate, gate 0, up 0, gate 1, up 1, ... (gpt-oss), and so does
@@ -101,21 +104,26 @@ def moe(
             triton for CUDA tensors where it is installed and runs on the device, else torch.
 
     Returns:
-        (T, H) in the dtype of hidden_states. Its bits do not depend on any pause.
+        (T, H) in the dtype of hidden_states. Its bits do not depend on any pause. Of tensors on the meta
+        device, or of fake ones, it is one, too: everything is checked and nothing is computed.
 
     Raises:
         TypeError, ValueError: an argument is refused; the message names it.
 
     torch.compile and torch.export see one operator, `qllm_ops::moe`. Functions of yours (activation,
-    expert_norm) cannot be arguments of an operator: such a call breaks the graph.
+    expert_norm) cannot be arguments of an operator: such a call breaks the graph. torch.export and
+    torch.jit.trace refuse it, and a flag, too, which belongs to its process.
     """
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
-    if torch.compiler.is_compiling() and _traceable(gate_up_proj, down_proj, activation, expert_norm):
+    records = recorded()
+    if records and kept():
+        _check_kept(activation, expert_norm, flag)
+    if records and _traceable(gate_up_proj, down_proj, activation, expert_norm):
         biases, tiles = (gate_up_bias, down_bias), (batch_invariant, max_exit_us)
         layout = (gated, interleaved, transposed, weights_on_input, fp8_activations)
         return traced(tensors, biases, activation, layout, tiles, flag, priority, backend)
     return uncompiled(
-        _moe,
+        _call,
         *tensors,
         flag=flag,
         priority=priority,
@@ -134,6 +142,19 @@ def moe(
     )
 
 
+def _check_kept(activation: object, expert_norm: object, flag: PriorityFlag | None) -> None:
+    """Refuse what cannot be part of a program that may be saved."""
+    fits = isinstance(activation, (str, Activation))
+    for name, value, wanted, why in (
+        ("activation", None if fits else activation, "a name or an Activation", "they hold no function"),
+        ("expert_norm", expert_norm, "None", "they hold no function"),
+        ("flag", flag, "None", "a process that runs them has other flags"),
+    ):
+        if value is not None:
+            got = getattr(value, "__name__", type(value).__name__)
+            raise ValueError(f"{name} must be {wanted} in torch.export and traces ({why}), got {got}")
+
+
 def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expert_norm: object) -> bool:
     """Whether an operator can have these as arguments."""
     # What is refused is refused by a call outside of the graph.
@@ -141,9 +162,24 @@ def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expe
     return isinstance(activation, (str, Activation)) and expert_norm is None and alike
 
 
+def _call(*tensors: Weight, **options: Any) -> Tensor:
+    return refusing_gradients(_moe(*tensors, **options), _asked(tensors, options))
+
+
+def _asked(tensors: tuple[Weight, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Those of the arguments of `moe` that require a gradient."""
+    dense = (x.scales if isinstance(x, QuantizedWeight) else x for x in tensors)
+    biases = (options.get("gate_up_bias"), options.get("down_bias"))
+    functions = (options.get("activation"), options.get("expert_norm"))
+    return asked_for_gradients((*dense, *biases), functions)
+
+
+@plain
 def _moe(*tensors: Weight, flag: PriorityFlag | None, priority: int, backend: str, **experts: Any) -> Tensor:
     inputs = check_inputs(*tensors, **experts)
     check_flag(flag, priority, inputs.hidden_states.device)
+    if not inputs.in_memory:
+        return torch.empty_like(inputs.hidden_states)
     if _choose(backend, inputs) == "torch":
         layer = TorchMoe(inputs, flag, priority)
     else:
@@ -188,13 +224,23 @@ class MoeRun:
         backend: str = "auto",
         **experts: Any,
     ):
-        inputs = check_inputs(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, **experts)
+        if kept():
+            raise RuntimeError("a MoeRun cannot be part of an exported or traced program; qllm_ops.moe can")
+        tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+        inputs = check_inputs(*tensors, **experts)
         check_flag(flag, priority, inputs.hidden_states.device)
+        if not inputs.in_memory:
+            raise ValueError(
+                "hidden_states must be in memory for a MoeRun, got a tensor that is "
+                f"{'on the meta device' if hidden_states.is_meta else 'fake'}; qllm_ops.moe takes those"
+            )
         self.backend = _choose(backend, inputs)
+        self._asked = _asked(tensors, experts)
         self._layer = uncompiled(self._make_layer, inputs, flag, priority)
         self._stepping = threading.Lock()
         self._error: BaseException | None = None
 
+    @plain
     def _make_layer(self, inputs: MoeInputs, flag: PriorityFlag | None, priority: int) -> Any:
         # Buffers made in inference mode could not be written by a step from outside of it.
         with torch.inference_mode(False):
@@ -209,9 +255,7 @@ class MoeRun:
         Returns:
             True when every tile is done, False if the step left early.
         """
-        if max_tiles is not None and (
-            not isinstance(max_tiles, int) or isinstance(max_tiles, bool) or max_tiles < 1
-        ):
+        if max_tiles is not None and (not is_integer(max_tiles) or max_tiles < 1):
             raise ValueError(f"max_tiles must be a positive integer or None, got {max_tiles!r}")
         if not self._stepping.acquire(blocking=False):
             raise RuntimeError("another thread is inside step(); a run takes one step at a time")
@@ -219,12 +263,16 @@ class MoeRun:
             if self._error is not None:
                 raise RuntimeError("an earlier step of this run failed; make a new run") from self._error
             try:
-                return uncompiled(self._layer.step, max_tiles)
+                return uncompiled(self._step, max_tiles)
             except BaseException as error:
                 self._error = error
                 raise
         finally:
             self._stepping.release()
+
+    @plain
+    def _step(self, max_tiles: int | None) -> bool:
+        return self._layer.step(max_tiles)
 
     @property
     def tiles_done(self) -> int:
@@ -248,7 +296,10 @@ class MoeRun:
 
     @property
     def output(self) -> Tensor:
-        """(T, H) in the dtype of hidden_states. Raises RuntimeError until the run is done."""
+        """(T, H) in the dtype of hidden_states. Raises RuntimeError until the run is done.
+
+        Has no backward pass, as that of :func:`moe`.
+        """
         if self._error is not None:
             raise RuntimeError("a step of this run failed; it has no output") from self._error
         if not self.done:
@@ -257,9 +308,10 @@ class MoeRun:
         if output.is_cuda:
             # It may have been made on another stream, which must not have its memory before this one is done.
             output.record_stream(torch.cuda.current_stream(output.device))
-        return output
+        return uncompiled(refusing_gradients, output, self._asked)
 
 
+@plain
 def warm_up(
     hidden_states: Tensor,
     gate_up_proj: Weight,
@@ -282,6 +334,8 @@ def warm_up(
     check_flag(flag, priority, inputs.hidden_states.device)
     if inputs.num_tokens == 0:
         raise ValueError("hidden_states must hold at least one token to warm up with, got T = 0")
+    if not inputs.in_memory:
+        return
     layer = _backend_class(_choose(backend, inputs))
     if hasattr(layer, "warm_up"):
         layer.warm_up(inputs, flag, priority)
@@ -297,47 +351,53 @@ def moe_reference(
     **experts: Any,
 ) -> Tensor:
     """The same as :func:`moe`, one token and one expert at a time in float32. Slow, to check by eye."""
-    x = check_inputs(
-        hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, activation, **experts
-    )
-    output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-    with torch.no_grad():
-        for t, k in itertools.product(*map(range, top_k_index.shape)):
-            e = int(top_k_index[t, k])
-            if not 0 <= e < x.num_experts:
-                continue
-            first, second = widened(x.gate_up_proj, e), widened(x.down_proj, e)
-            if x.transposed:
-                first, second = first.T, second.T
-            weight = x.top_k_weights[t, k].float()
-            hidden = rounded_rows(x.hidden_states[t : t + 1])[0] if x.fp8_activations else x.hidden_states[t]
-            gate_up = first @ hidden.float()
-            if x.weights_on_input:
-                gate_up, weight = gate_up * weight, 1.0
-            if x.gate_up_bias is not None:
-                gate_up += x.gate_up_bias[e].float()
-            if not isinstance(x.activation, Activation):
-                gated = x.activation(gate_up[None])[0]
-            elif not x.gated:
-                gated = x.activation(None, gate_up)
-            elif x.interleaved:
-                gated = x.activation(gate_up[::2], gate_up[1::2])
-            else:
-                gated = x.activation(*gate_up.chunk(2))
-            if x.fp8_activations:
-                gated = rounded_rows(gated.to(hidden_states.dtype)[None])[0]
-            down = second @ gated
-            if x.down_bias is not None:
-                down += x.down_bias[e].float()
-            if x.expert_norm is not None:
-                down = x.expert_norm(down[None])[0]
-            output[t] += weight * down
-    return output.to(hidden_states.dtype)
+    tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+    experts["activation"] = activation
+    return refusing_gradients(_reference(check_inputs(*tensors, **experts)), _asked(tensors, experts))
+
+
+@plain
+def _reference(x: MoeInputs) -> Tensor:
+    if not x.in_memory:
+        return torch.empty_like(x.hidden_states)
+    output = torch.zeros(x.hidden_states.shape, dtype=torch.float32, device=x.hidden_states.device)
+    for t, k in itertools.product(*map(range, x.top_k_index.shape)):
+        e = int(x.top_k_index[t, k])
+        if not 0 <= e < x.num_experts:
+            continue
+        first, second = widened(x.gate_up_proj, e), widened(x.down_proj, e)
+        if x.transposed:
+            first, second = first.T, second.T
+        weight = x.top_k_weights[t, k].float()
+        hidden = rounded_rows(x.hidden_states[t : t + 1])[0] if x.fp8_activations else x.hidden_states[t]
+        gate_up = first @ hidden.float()
+        if x.weights_on_input:
+            gate_up, weight = gate_up * weight, 1.0
+        if x.gate_up_bias is not None:
+            gate_up += x.gate_up_bias[e].float()
+        if not isinstance(x.activation, Activation):
+            shape = (1, x.intermediate_size)
+            gated = checked("activation", x.activation(gate_up[None]), shape, output.device)[0].float()
+        elif not x.gated:
+            gated = x.activation(None, gate_up)
+        elif x.interleaved:
+            gated = x.activation(gate_up[::2], gate_up[1::2])
+        else:
+            gated = x.activation(*gate_up.chunk(2))
+        if x.fp8_activations:
+            gated = rounded_rows(gated.to(x.hidden_states.dtype)[None])[0]
+        down = second @ gated
+        if x.down_bias is not None:
+            down += x.down_bias[e].float()
+        if x.expert_norm is not None:
+            down = checked("expert_norm", x.expert_norm(down[None]), (1, x.hidden_size), output.device)[0]
+        output[t] += weight * down
+    return output.to(x.hidden_states.dtype)
 
 
 def check_flag(flag: PriorityFlag | None, priority: int, device: torch.device) -> None:
     """Refuse a flag that this work cannot poll."""
-    if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
+    if not is_integer(priority) or priority < 0:
         raise ValueError(f"priority must be an integer of at least 0, got {priority!r}")
     if flag is None:
         return
@@ -345,7 +405,7 @@ def check_flag(flag: PriorityFlag | None, priority: int, device: torch.device) -
         raise TypeError(f"flag must be a PriorityFlag or None, got {type(flag).__name__}")
     if priority >= flag.classes:
         raise ValueError(f"priority must be an integer from 0 to {flag.classes - 1}, got {priority!r}")
-    if flag.words.device != device:
+    if flag.words.device != device and device.type != "meta":  # where nothing is computed
         raise ValueError(
             f"flag is on {flag.words.device}, but hidden_states is on {device}; "
             "make the flag on the device where the layer runs"

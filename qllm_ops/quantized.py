@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qllm_ops.modes import plain
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of four-bit floating point: a bit of sign, two of exponent, one of mantissa."""
 
@@ -56,7 +58,7 @@ INT4_SPANS = (15.0, 16.0, 17.25, 18.75)
 """The same for the span from a group's least number to its largest, 0 included, which has 15 steps."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedWeight:
     """The weights of E experts, (E, N, K), as `moe` multiplies by them: value times scale.
 
@@ -92,6 +94,8 @@ class QuantizedWeight:
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         _check_block(self.format, self.block)
+        if type(self.columns) is not int:
+            raise TypeError(f"columns must be an integer, got {self.columns!r}")
         self._check_values()
         self._check_scales()
         self._check_zeros()
@@ -126,7 +130,7 @@ class QuantizedWeight:
         if isinstance(scales, Tensor) and scales.is_floating_point() and scales.itemsize < 4:
             scales = scales.float()
         columns = weight.shape[-1] if isinstance(weight, Tensor) and weight.dim() else 0
-        return cls(weight, scales, "fp8", tuple(block), columns)
+        return cls(weight, scales, "fp8", tuple(block) if isinstance(block, list) else block, columns)
 
     @classmethod
     def from_mxfp4(cls, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
@@ -178,6 +182,8 @@ class QuantizedWeight:
         _check_words("qweight", qweight, qzeros, scales, rows_in_one=8)
         columns, groups = 8 * qweight.shape[1], scales.shape[1]
         if g_idx is not None:
+            if not isinstance(g_idx, Tensor):
+                raise TypeError(f"g_idx must be a tensor or None, got {type(g_idx).__name__}")
             in_order = torch.arange(columns, device=g_idx.device) // (columns // groups)
             if g_idx.shape[-1] != columns or not (g_idx == in_order).all():
                 raise ValueError(
@@ -239,11 +245,16 @@ class QuantizedWeight:
         return self.scales if _are_beside(self.scales, self.zeros) else self.zeros
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same on another device."""
+        """The same on another device. It has no dtype: it is widened to that of hidden_states."""
+        if not isinstance(device, (str, torch.device, int)):
+            raise TypeError(f"device must be a device, got {device!r}; a quantised weight has no other dtype")
         zeros = None if self.zeros is None else self.zeros.to(device)
         return QuantizedWeight(
             self.values.to(device), self.scales.to(device), self.format, self.block, self.columns, zeros
         )
+
+    def __repr__(self) -> str:
+        return f"<QuantizedWeight {self}>"  # and no numbers, which would have to be waited for
 
     def __str__(self) -> str:
         scale = "a scale" if self.zeros is None else "a scale and a zero point"
@@ -543,6 +554,8 @@ def quantize_int4(weight: Tensor, group_size: int = 128, symmetric: bool = True)
         symmetric: False: groups have a zero point of their own, where that lessens the squared error.
     """
     block = (1, group_size)
+    if type(group_size) is not int:
+        raise TypeError(f"group_size must be an integer, got {group_size!r}")
     _check_block("int4", block)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
@@ -575,6 +588,7 @@ QUANTIZERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {
 }
 
 
+@plain
 def _by_expert(
     weight: Tensor,
     quantize: Callable[[Tensor], tuple[Tensor, ...]],
@@ -584,22 +598,26 @@ def _by_expert(
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a dense floating-point tensor, got {got}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"weight must be a dense floating-point tensor, got layout {weight.layout}")
+    if weight.is_meta:
+        raise ValueError("weight must be in memory, got a tensor on the meta device")
     if weight.dim() != 3 or weight.numel() == 0:
         raise ValueError(f"weight must be (E, N, K), none of them 0, got shape {tuple(weight.shape)}")
     at_once = PIECE if weight.device.type == "cpu" else weight[0].numel()
     rows = max(1, at_once // weight.shape[2] // block[0]) * block[0]
-    with torch.no_grad():
-        for number, expert in enumerate(weight):
-            if not expert.isfinite().all():
-                raise ValueError(f"weight must be finite, got infinity or NaN in expert {number}")
-            pieces = [quantize(piece.float().contiguous()) for piece in expert.split(rows)]
-            parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
-            if number == 0:
-                wholes = [part.new_empty(len(weight), *part.shape) for part in parts]
-            for whole, part in zip(wholes, parts, strict=True):
-                whole[number] = part
-        values, scales, *zeros = wholes
-        return QuantizedWeight(values, scales, format, block, weight.shape[2], *zeros)
+    for number, expert in enumerate(weight):
+        expert = expert.float() if expert.dtype == torch.float64 else expert
+        if not expert.isfinite().all():  # in float32, in which scales and errors are computed
+            raise ValueError(f"weight must be finite in float32, got infinity or NaN in expert {number}")
+        pieces = [quantize(piece.float().contiguous()) for piece in expert.split(rows)]
+        parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
+        if number == 0:
+            wholes = [part.new_empty(len(weight), *part.shape) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[number] = part
+    values, scales, *zeros = wholes
+    return QuantizedWeight(values, scales, format, block, weight.shape[2], *zeros)
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:

@@ -22,12 +22,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qllm_ops.arguments import is_number
 from qllm_ops.quantized import ROW_GROUP, W8A8
 
 PHASES = ("gate_up", "down", "combine")
@@ -237,8 +237,7 @@ def tile_config(
 
 
 def check_max_exit_us(max_exit_us: float) -> None:
-    # bool is a number to Python, and NaN is not above 0.
-    if not isinstance(max_exit_us, Real) or isinstance(max_exit_us, bool) or not max_exit_us > 0:
+    if not is_number(max_exit_us) or not max_exit_us > 0:  # which NaN is not
         raise ValueError(
             "max_exit_us must be a positive number of microseconds, or float('inf') for the fastest tiles "
             f"whatever they take, got {max_exit_us!r}"

@@ -189,7 +189,7 @@ class TorchMoe:
             gated = rounded_rows(gated.to(self._output.dtype))
         down = self._multiply(gated, self.inputs.down_proj, self.inputs.down_bias, group, out)
         if self.inputs.expert_norm is not None:
-            down = out.copy_(checked("expert_norm", self.inputs.expert_norm(down), down.shape))
+            down = out.copy_(checked("expert_norm", self.inputs.expert_norm(down), down.shape, down.device))
         if down.shape == self._pair_out.shape:  # all there is
             self._pair_out = down
         elif down is not out:
@@ -250,7 +250,7 @@ def activate(gate_up: Tensor, inputs: MoeInputs, out: Tensor) -> None:
     """What goes into the second product, (rows, I), into ``out``. Overwrites ``gate_up``."""
     activation = inputs.activation
     if not isinstance(activation, Activation):
-        out.copy_(checked("activation", activation(gate_up), out.shape))
+        out.copy_(checked("activation", activation(gate_up), out.shape, out.device))
         return
     if not inputs.gated:
         parts = (gate_up,)
@@ -268,11 +268,16 @@ def activate(gate_up: Tensor, inputs: MoeInputs, out: Tensor) -> None:
         out.copy_(activation(*parts))
 
 
-def checked(name: str, result: object, shape: tuple[int, ...]) -> Tensor:
-    """What a user's function returned, if it has the shape that it must have."""
+def checked(name: str, result: object, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """What a user's function returned, if it is a tensor as it must be."""
     if not isinstance(result, Tensor) or result.shape != shape:
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         # F.silu and the like, the first thing to try, know nothing of the gate.
         hint = "; a function is given (rows, 2I), gate and up together" if name == "activation" else ""
         raise ValueError(f"{name} must return a tensor of shape {tuple(shape)}, got {got}{hint}")
+    if not result.is_floating_point() or result.layout != torch.strided or result.device != device:
+        raise ValueError(
+            f"{name} must return a dense floating-point tensor on {device}, got {result.dtype}, "
+            f"{result.layout}, on {result.device}"
+        )
     return result

@@ -209,7 +209,8 @@ class TritonMoe:
 
     def _activate(self) -> None:
         gated = self.inputs.activation(self._intermediate)
-        gated = checked("activation", gated, (self.plan.pairs, self.inputs.intermediate_size))
+        shape = (self.plan.pairs, self.inputs.intermediate_size)
+        gated = checked("activation", gated, shape, self.device)
         if self.device.type == "cuda":
             # Read on this stream, and let go to the one that the run was made on.
             self._intermediate.record_stream(torch.cuda.current_stream())
@@ -217,7 +218,7 @@ class TritonMoe:
 
     def _norm(self) -> None:
         rows = self._partial[0]
-        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape))
+        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape, self.device))
 
     # -- before the first launch -----------------------------------------------------------------
 

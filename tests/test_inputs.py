@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qllm_ops
-from qllm_ops import ACTIVATIONS, Activation
+from qllm_ops import ACTIVATIONS, Activation, testing
 from qllm_ops.inputs import INDEX_DTYPES, check_inputs
 from qllm_ops.testing import MoeCase
 
@@ -63,6 +63,9 @@ BAD = [
     ("top_k_weights", zeros(K, T), ValueError, ["(5, 2)", "(2, 5)"]),
     ("activation", "swish", ValueError, ["silu, gelu, gelu_tanh", "'swish'"]),
     ("activation", None, TypeError, ["silu", "NoneType"]),
+    ("activation", torch.nn.SiLU, TypeError, ["a function", "the class SiLU"]),
+    ("top_k_weights", zeros(T, K, dtype=torch.float8_e4m3fn), TypeError, ["16 bits", "float8_e4m3fn"]),
+    ("down_bias", zeros(E, H, dtype=torch.float8_e4m3fn), TypeError, ["16 bits", "float8_e4m3fn"]),
     ("gate_up_bias", zeros(E, I), ValueError, ["(E, 2I)", "(4, 12)", "(4, 6)"]),
     ("gate_up_bias", zeros(2 * I), ValueError, ["2 dimensions", "(12,)"]),
     ("gate_up_bias", zeros(E, 2 * I, dtype=torch.int64), TypeError, ["floating-point", "int64"]),
@@ -148,15 +151,39 @@ def test_a_slice_of_experts_is_contiguous_and_taken_as_it_is():
     assert torch.allclose(qllm_ops.moe(**shifted), qllm_ops.moe_reference(**shifted), atol=1e-5)
 
 
-def test_parameters_are_welcome_and_no_gradient_is_recorded():
+def test_parameters_are_taken_as_they_are():
     given = tensors()
-    expected = qllm_ops.moe(**given)
-    for name in ("hidden_states", "gate_up_proj", "down_proj", "top_k_weights"):
-        given[name] = torch.nn.Parameter(given[name])
-    output = qllm_ops.moe(**given)
-    assert torch.equal(output, expected)
-    assert not output.requires_grad
+    given["gate_up_proj"] = torch.nn.Parameter(given["gate_up_proj"])
     assert check_inputs(**given).gate_up_proj.data_ptr() == given["gate_up_proj"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("transform", "argument"),
+    [(torch.vmap, zeros(3, T, H)), (torch.func.grad, zeros(T, H)), (torch.func.jacrev, zeros(T, H))],
+)
+def test_transforms_of_functions_are_refused(transform, argument):
+    given = tensors()
+    for call in (qllm_ops.moe, qllm_ops.moe_reference):
+        with pytest.raises(RuntimeError, match=r"qllm_ops\.moe cannot be called inside of torch\.func"):
+            transform(lambda x: call(**{**given, "hidden_states": x}).sum())(argument)  # noqa: B023
+
+
+def test_tensors_of_the_meta_device_give_one():
+    given = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in MoeCase(T, H, I, E, K, dtype=torch.bfloat16, biases=True).tensors().items()
+    }
+    for options in ({}, {"activation": testing.own_gate}, {"flag": qllm_ops.PriorityFlag()}):
+        output = qllm_ops.moe(**{**given, **options})
+        assert (output.device.type, output.shape, output.dtype) == ("meta", (T, H), torch.bfloat16)
+    assert qllm_ops.moe_reference(**given).is_meta
+    assert qllm_ops.warm_up(**given) is None
+    with pytest.raises(
+        ValueError, match=r"hidden_states must be in memory for a MoeRun, .* on the meta device"
+    ):
+        qllm_ops.MoeRun(**given)
+    with pytest.raises(ValueError, match="down_proj must be"):
+        qllm_ops.moe(**{**given, "down_proj": zeros(E, H + 1, I, dtype=torch.bfloat16, device="meta")})
 
 
 def test_inputs_know_their_sizes():

@@ -7,12 +7,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import Unsupported
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qllm_ops
 from qllm_ops import Activation, PriorityFlag, QuantizedWeight, quantize_int4
 from qllm_ops.flag import NUMBERED
 from qllm_ops.library import numbered_flag
-from qllm_ops.testing import LAYOUTS, QUANTIZED, MoeCase, assert_same_bits, flipping, own_gate, quantize
+from qllm_ops.testing import (
+    LAYOUTS,
+    QUANTIZED,
+    MoeCase,
+    assert_same_bits,
+    flipping,
+    own_gate,
+    own_norm,
+    quantize,
+)
 
 CASE = MoeCase(33, 16, 12, 4, 2)
 
@@ -108,6 +120,74 @@ def test_export():
         assert_same_bits(program.module()(example), block(example))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"flag": PriorityFlag()}, "flag must be None in torch.export .*, got PriorityFlag"),
+        ({"activation": own_gate}, "activation must be a name or .* in torch.export .*, got own_gate"),
+        ({"expert_norm": own_norm}, "expert_norm must be None in torch.export .*, got own_norm"),
+    ],
+)
+def test_what_an_exported_program_cannot_hold_is_named(strict, changes, words):
+    block = Block(CASE, **changes)
+    with pytest.raises((ValueError, Unsupported), match=words) as caught:
+        torch.export.export(block, (CASE.tensors()["hidden_states"],), strict=strict)
+    assert strict or type(caught.value) is ValueError
+
+
+def test_a_run_is_no_part_of_an_exported_program():
+    class Runs(torch.nn.Module):
+        def forward(self, x):
+            run = qllm_ops.MoeRun(**{**CASE.tensors(), "hidden_states": x})
+            run.step()
+            return run.output
+
+    with pytest.raises(RuntimeError, match="a MoeRun cannot be part of an exported or traced program"):
+        torch.export.export(Runs(), (CASE.tensors()["hidden_states"],), strict=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda f, x: make_fx(f)(*x)], ids=["jit", "make_fx"])
+def test_a_trace_does_not_keep_the_routing_that_it_saw(trace):
+    block, x = Block(CASE), CASE.tensors()["hidden_states"]
+    traced = trace(block, (x,))
+    assert_same_bits(traced(x.flip(0)), block(x.flip(0)))
+    with pytest.raises(ValueError, match="activation must be a name"):
+        trace(Block(CASE, activation=own_gate), (x,))
+
+
+def test_fake_tensors_give_a_fake_output():
+    with FakeTensorMode() as mode:
+        given = {
+            k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in CASE.tensors().items()
+        }
+        for call in (qllm_ops.moe, qllm_ops.moe_reference):
+            output = call(**given)
+            assert isinstance(output, FakeTensor)
+            assert (output.shape, output.dtype, output.device.type) == ((33, 16), torch.float32, "cpu")
+        assert qllm_ops.moe(**given | {"activation": own_gate}).shape == (33, 16)
+        with pytest.raises(ValueError, match=r"hidden_states must be in memory for a MoeRun, .* is fake"):
+            qllm_ops.MoeRun(**given)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["hidden_states", "gate_up_proj", "down_proj", "top_k_weights", "down_bias"])
+def test_a_compiled_backward_pass_is_refused_when_it_runs(name, dynamic):
+    given = MoeCase(5, 16, 12, 4, 2, biases=True).tensors()
+    expected = 2 * qllm_ops.moe(**given)
+    given[name].requires_grad_()
+    compiled = torch.compile(
+        lambda tensors: 2 * qllm_ops.moe(**tensors), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    output = compiled(given)
+    assert_same_bits(output.detach(), expected)
+    with pytest.raises(NotImplementedError, match=r"qllm_ops\.moe .* has no backward pass"):
+        output.sum().backward()
+    with torch.no_grad():
+        assert not compiled(given).requires_grad
+
+
 def arguments(case, flag=-1, priority=0, backend="torch"):
     given = case.tensors()
     five = ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights")
@@ -143,6 +223,8 @@ def test_opcheck(layout, biases, on_input, tokens, quantized):
     checks += ["test_schema"] if quantized != "fp8" else []
     given = arguments(case, flag.number)
     torch.library.opcheck(torch.ops.qllm_ops.moe.default, given, test_utils=checks)
+    given = (given[0].requires_grad_(), *given[1:])
+    torch.library.opcheck(torch.ops.qllm_ops.moe.default, given, test_utils=checks[:2])
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
@@ -152,6 +234,7 @@ def test_a_block_of_quantised_experts_is_one_graph(format):
     block, x = Block(case, PriorityFlag()), case.tensors()["hidden_states"]
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(x), block(x))
+    block.flag = None
     program = torch.export.export(block, (x,), strict=True)
     assert "torch.ops.qllm_ops.moe.default" in str(program)
     assert_same_bits(program.module()(x), block(x))

@@ -114,11 +114,18 @@ def test_every_layout(backend, layout, activation, expert_norm):
         ),
         ({"activation": lambda x: None}, ValueError, "activation must return .* got NoneType"),
         ({"expert_norm": lambda x: x[:, :1]}, ValueError, r"expert_norm must return .* 16\), got \(.*, 1\)"),
+        ({"activation": lambda x: x[:, :12] > 0}, ValueError, "activation must return .* got torch.bool"),
+        ({"activation": lambda x: x[:, :12].to("meta")}, ValueError, "activation must return .* on meta"),
+        ({"expert_norm": lambda x: x.to_sparse()}, ValueError, "expert_norm must return .* torch.sparse_coo"),
+        ({"expert_norm": lambda x: x.long()}, ValueError, "expert_norm must return .* got torch.int64"),
     ],
 )
 def test_functions_that_return_something_else(backend, changes, error, words):
+    given = {**CASE.tensors(), **changes}
     with pytest.raises(error, match=words):
-        moe(**{**CASE.tensors(), **changes}, backend=backend)
+        moe(**given, backend=backend)
+    with pytest.raises(error, match=words):
+        moe_reference(**given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

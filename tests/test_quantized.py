@@ -1,6 +1,7 @@
 """Quantised weights: what they stand for, what they cost, what is refused, and `moe` with them."""
 
 import copy
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,7 @@ def test_gptq_is_read_from_a_checkpoint(v2):
             ValueError,
             r"g_idx must be groups in order, input k in group k // 32",
         ),
+        ({"g_idx": [0, 1]}, TypeError, "g_idx must be a tensor or None, got list"),
         ({"qzeros": torch.full((2, 2, 2), -1).int()}, ValueError, "qzeros must be at most 14"),
     ],
 )
@@ -445,6 +447,8 @@ BAD = [
     (MXFP4, {"zeros": MXFP4.scales}, ValueError, ["zeros", "None", "mxfp4"]),
     (FP8, {"zeros": FP8.scales.byte()}, ValueError, ["zeros", "None", "fp8"]),
     (INT4, {"columns": 62}, ValueError, ["values", "K = 62"]),
+    (INT4, {"columns": "64"}, TypeError, ["columns", "'64'"]),
+    (INT4, {"columns": 64.0}, TypeError, ["columns", "64.0"]),
 ]
 
 
@@ -464,13 +468,46 @@ def test_what_cannot_be_quantised(quantizer):
         (torch.ones(8, 16), ValueError, "(8, 16)"),
         (torch.ones(2, 0, 16), ValueError, "(2, 0, 16)"),
         (torch.full((2, 8, 16), float("nan")), ValueError, "NaN"),
+        (torch.full((2, 8, 16), 1e300, dtype=torch.float64), ValueError, "finite in float32"),
+        (torch.ones(2, 8, 16).to_sparse(), TypeError, "layout torch.sparse_coo"),
+        (torch.ones(2, 8, 16, device="meta"), ValueError, "in memory"),
+        (torch.ones(2, 8, 16).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn"),
     ):
         with pytest.raises(kind, match="weight must be") as caught:
             quantizer(weight)
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values())
+def test_float64_is_quantised_as_float32(quantizer):
+    weight = weights(shape=(2, 8, 64)).double()
+    got, expected = quantizer(weight), quantizer(weight.float())
+    assert torch.equal(got.values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(got.scales, expected.scales)
+    # What float32 has no numbers for is zero, and its neighbours are none the worse.
+    weight[0, 0, 1:] = 1e-300
+    assert torch.equal(quantizer(weight).dequantize(), quantizer(weight.float()).dequantize())
+
+
+def test_copies_and_what_is_shown_of_a_weight():
+    for weight in (INT4, ZEROS, MXFP4, FP8):
+        torch.save(weight, saved := io.BytesIO())
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=False)
+        for other in (copy.deepcopy(weight), loaded, weight.to("cpu")):
+            assert torch.equal(other.dequantize(), weight.dequantize())
+            assert other.largest == weight.largest
+    assert repr(ZEROS) == "<QuantizedWeight int4 (2, 8, 64), a scale and a zero point for 1 x 16>"
+    with pytest.raises(TypeError, match=r"device must be a device, got torch.float16"):
+        INT4.to(torch.float16)
+
+
 def test_groups_that_are_refused_by_name():
+    for group in (True, 16.0, "16"):
+        with pytest.raises(TypeError, match=f"group_size must be an integer, got {group!r}"):
+            quantize_int4(weights(), group)
+    with pytest.raises(TypeError, match=r"block must be \(rows, columns\), two integers, got 128"):
+        QuantizedWeight.from_fp8(FP8.values, FP8.scales, 128)
     with pytest.raises(ValueError, match=r"block.*power of two.*\(1, 100\)"):
         quantize_int4(weights(), 100)
     with pytest.raises(ValueError, match=r"block.*power of two.*\(128, 100\)"):

@@ -1,0 +1,77 @@
+"""The modes of torch that a caller may be in, and what an operator of ours does about them.
+
+Autocast is turned off inside: it would make 16-bit products of those that are promised in float32, and
+bits would depend on who calls. Grad mode is, too; who asks for a gradient nevertheless is told that there
+is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_GRADIENT = (
+    "qllm_ops.moe is for inference and has no backward pass; call it inside of torch.no_grad(), or train a "
+    "model with its own experts (qllm_ops.models.uninstall)"
+)
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is without autocast and without recording gradients, whatever the caller's modes."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for kind in AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
+
+
+def asked_for_gradients(tensors: Iterable[object], functions: Iterable[object] = ()) -> tuple[Tensor, ...]:
+    """Those that require a gradient, in grad mode: among the tensors, and the parameters of modules of which
+    the functions are, or are methods. Others than tensors among ``tensors`` require none."""
+    if not torch.is_grad_enabled():
+        return ()
+    modules = (getattr(function, "__self__", function) for function in functions)
+    parameters = (x for module in modules if isinstance(module, torch.nn.Module) for x in module.parameters())
+    return tuple(x for some in (tensors, parameters) for x in some if getattr(x, "requires_grad", False))
+
+
+@torch.library.custom_op("qllm_ops::refused_gradient", mutates_args=())
+def refused_gradient(grad: Tensor, shape: list[int]) -> Tensor:
+    """What stands in a compiled backward pass for a gradient of this shape. Raises when it is asked for."""
+    raise NotImplementedError(NO_GRADIENT)
+
+
+@refused_gradient.register_fake
+def _(grad: Tensor, shape: list[int]) -> Tensor:
+    return grad.new_empty(shape)
+
+
+def refusing_gradients(output: Tensor, asked: tuple[Tensor, ...]) -> Tensor:
+    """The output, with a backward pass that raises for those who asked: no gradient would pass for zero."""
+    return _NoGradient.apply(output.detach(), *asked) if asked and torch.is_grad_enabled() else output
+
+
+class _NoGradient(torch.autograd.Function):
+    """Lets a forward pass in grad mode through, and refuses to make up its gradient. Keeps no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *asked: Tensor) -> Tensor:
+        ctx.shapes = [x.shape for x in asked]
+        ctx.mark_dirty(output)  # So it is returned as it is, and no view: a caller may change it in place.
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, *(refused_gradient(grad, shape) for shape in ctx.shapes)
