@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,10 +80,15 @@ AnyActivation = Activation | Callable[[Tensor], Tensor]
 """An activation that the kernels compute, or a function of yours from (rows, 2I) to (rows, I)."""
 
 
+@functools.cache
+def _named(kind: str) -> Activation:
+    return Activation(kind)
+
+
 def as_activation(activation: str | AnyActivation) -> AnyActivation:
     """The activation that a name stands for. Raises ValueError, TypeError."""
     if isinstance(activation, str):
-        return Activation(activation)
+        return _named(activation)
     a_class = isinstance(activation, type)  # Calling torch.nn.SiLU makes one.
     if isinstance(activation, Activation) or (callable(activation) and not a_class):
         return activation

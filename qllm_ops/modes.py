@@ -28,10 +28,12 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        cast = [kind for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
+        if not cast and not torch.is_grad_enabled():
+            return function(*args, **kwargs)
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            for kind in AUTOCAST_DEVICES:
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind in cast:
+                stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return call
@@ -60,7 +62,7 @@ def _(grad: Tensor, shape: list[int]) -> Tensor:
 
 def refusing_gradients(output: Tensor, asked: tuple[Tensor, ...]) -> Tensor:
     """The output, with a backward pass that raises for those who asked: no gradient would pass for zero."""
-    return _NoGradient.apply(output.detach(), *asked) if asked and torch.is_grad_enabled() else output
+    return _NoGradient.apply(output.detach(), *asked) if asked else output
 
 
 class _NoGradient(torch.autograd.Function):

@@ -163,7 +163,8 @@ def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expe
 
 
 def _call(*tensors: Weight, **options: Any) -> Tensor:
-    return refusing_gradients(_moe(*tensors, **options), _asked(tensors, options))
+    output = _moe(*tensors, **options)
+    return refusing_gradients(output, _asked(tensors, options)) if torch.is_grad_enabled() else output
 
 
 def _asked(tensors: tuple[Weight, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:

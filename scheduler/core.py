@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qllm_ops import PriorityFlag
+from qllm_ops.arguments import is_number
 from qllm_ops.scheduler.kv import KVBudget
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Plan, Policy, View, get_policy
-from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State, is_number
+from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State
 
 
 @dataclass(frozen=True)

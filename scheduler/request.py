@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
-from numbers import Integral, Real
 from typing import SupportsIndex
+
+from qllm_ops.arguments import is_integer, is_number
 
 LS = 1
 """Latency-sensitive: the lowest class that is urgent. Higher numbers are more urgent still."""
@@ -61,7 +62,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         object.__setattr__(self, "seed", plain(self.seed))  # the fields are frozen
-        if not _is_integer(self.seed):
+        if not is_integer(self.seed):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
 
@@ -79,20 +80,12 @@ def token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
 
 def plain(value: object) -> object:
     """An integer of numpy as Python's own, which has no largest one; anything else as it is."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    return int(value) if is_integer(value) else value
 
 
 def bounded(timeout_s: float | None) -> float | None:
     """A time that threads can wait for, infinity as the longest of them."""
     return None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(eq=False)
@@ -135,9 +128,9 @@ class Request:
         if not isinstance(self.id, str):
             raise ValueError(f"id of a request must be a string, got {self.id!r}")
         for name in ("max_new_tokens", "priority"):
-            if not _is_integer(value := getattr(self, name)):
+            if not is_integer(value := getattr(self, name)):
                 raise ValueError(f"request {self.id!r}: {name} must be an integer, got {value!r}")
-        if not all(_is_integer(token) for token in self.ends):
+        if not all(is_integer(token) for token in self.ends):
             raise ValueError(
                 f"request {self.id!r}: eos_token_id must be an integer, several or None, "
                 f"got {self.eos_token_id!r}"
