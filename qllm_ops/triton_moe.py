@@ -210,7 +210,7 @@ class TritonMoe:
     def _activate(self) -> None:
         gated = self.inputs.activation(self._intermediate)
         shape = (self.plan.pairs, self.inputs.intermediate_size)
-        gated = checked("activation", gated, shape, self.device)
+        gated = checked("activation", gated, shape, self._intermediate.device)
         if self.device.type == "cuda":
             # Read on this stream, and let go to the one that the run was made on.
             self._intermediate.record_stream(torch.cuda.current_stream())
@@ -218,7 +218,7 @@ class TritonMoe:
 
     def _norm(self) -> None:
         rows = self._partial[0]
-        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape, self.device))
+        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape, rows.device))
 
     # -- before the first launch -----------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Whole layers by compiled kernels, run on a CPU: the code for a card computes what the reference does, and
 the same bits when its programs take turns at random and are paused at any atomic operation.
 
-tests/test_triton_moe.py shows that of the kernels' own logic, under the interpreter. Here are registers,
+tests/test_triton_leaving.py shows that of the kernels' own logic, under the interpreter. Here are registers,
 shared memory, copies that arrive late, matrix units, and how Triton specialises a launch. No address outside
 of the arguments is touched, or tests/ptx.py says so.
 """
