@@ -137,6 +137,19 @@ class MoeCase:
     batch_invariant: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("layout", self.layout, LAYOUTS),
+            ("routing", self.routing, ROUTINGS),
+            ("quantized", self.quantized, (None, *QUANTIZED)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        if self.routing == "distinct" and self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k must be at most num_experts = {self.num_experts} in {self.routing!r}, got {self.top_k}"
+            )
+
     def tensors(self, device: str | torch.device = "cpu") -> dict[str, Any]:
         """The arguments of `qllm_ops.moe`, other than defaults. The same at every call."""
         draw = torch.Generator().manual_seed(self.seed)
@@ -241,6 +254,8 @@ TOLERANCES = {  # relative RMS error, largest error relative to the output's pea
 def assert_close(output: Tensor, case: MoeCase) -> None:
     """The output is the reference's, computed in float32, within the operator's tolerances."""
     expected = moe_reference(**in_float32(case.tensors())).float()
+    assert isinstance(output, Tensor), f"the output is a {type(output).__name__}"
+    output = output.detach()
     assert output.shape == expected.shape, (output.shape, expected.shape)
     assert output.dtype == case.dtype, (output.dtype, case.dtype)
     assert output.isfinite().all(), "an element is not finite, or was never written"
@@ -260,7 +275,7 @@ def assert_same_bits(output: Tensor, expected: Tensor) -> None:
     """Equal in every bit, the sign of zero and the payload of NaN included."""
     assert output.shape == expected.shape, (output.shape, expected.shape)
     assert output.dtype == expected.dtype, (output.dtype, expected.dtype)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[output.element_size()]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[output.element_size()]
     differing = int((output.view(bits) != expected.view(bits)).sum())
     assert differing == 0, f"{differing} of {output.numel()} elements differ"
 
@@ -408,6 +423,9 @@ def _checked_step(run: Run, max_tiles: int | None, paused: bool) -> None:
 @contextlib.contextmanager
 def flipping(flag: PriorityFlag, priority: int = 0, seed: int = 0, pause_s: float = 3e-4) -> Iterator[None]:
     """A second thread pauses and resumes the class at random for the body, and leaves it running."""
+    flag.resume(
+        priority, "flipping"
+    )  # a class that the flag does not have is refused here, not in the thread
     stop = threading.Event()
     rng = random.Random(seed)
 

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,39 @@ def test_who_computes_less_says_so():
     holds()
     assert 0 < len(tried) < len(testing.TELLING)
     assert all(case.dtype == torch.float32 for case in tried)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layout": "foo"}, "layout must be one of concatenated, .* got 'foo'"),
+        ({"routing": "foo"}, "routing must be one of distinct, .* got 'foo'"),
+        ({"quantized": "int3"}, "quantized must be one of None, fp8, .* got 'int3'"),
+        ({"top_k": 6}, "top_k must be at most num_experts = 5 .* got 6"),
+    ],
+)
+def test_a_case_that_there_is_none_of(changes, words):
+    """It was made as some other one."""
+    with pytest.raises(ValueError, match=words):
+        replace(testing.MoeCase(3, 4, 4, 5, 2), **changes)
+
+
+def test_a_class_that_nobody_can_flip():
+    """The thread died, and the body went on undisturbed."""
+    words = "priority must be an integer from 0 to 1, got 5"
+    with pytest.raises(ValueError, match=words), testing.flipping(PriorityFlag(), 5):
+        pass
+
+
+def test_checks_of_what_no_kernel_should_give():
+    case = testing.MoeCase(3, 4, 4, 5, 2)
+    for output, words in ((None, "the output is a NoneType"), (torch.full((3, 4), torch.nan), "not finite")):
+        with pytest.raises(AssertionError, match=words):
+            testing.assert_close(output, case)
+    eight = torch.tensor([1.0, -0.0]).to(torch.float8_e4m3fn)
+    testing.assert_same_bits(eight, eight.clone())
+    with pytest.raises(AssertionError, match="1 of 2 elements differ"):
+        testing.assert_same_bits(eight, eight.float().abs().to(torch.float8_e4m3fn))
 
 
 def test_they_have_everything_that_is_drawn():
