@@ -3,7 +3,8 @@
     pytest examples/property_test.py
 
 The kernel here computes one token after another in plain torch. Break it (poll in the middle of a token and
-return, or add in another order after a pause) and see what Hypothesis finds.
+return, or add in another order after a pause) and see that it is found: by `telling` in every run, and what
+nobody thought of by what Hypothesis draws.
 """
 
 import torch
@@ -48,6 +49,7 @@ class TokenByToken:
         return self.done
 
 
+@testing.telling()
 @given(case=testing.moe_cases(max_tokens=6, max_size=9), schedule=testing.schedules())
 def test_token_by_token(case, schedule):
     flag = qllm_ops.PriorityFlag()

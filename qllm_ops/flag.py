@@ -196,9 +196,13 @@ class PriorityFlag:
 
     @contextlib.contextmanager
     def urgent(self, priority: int, *, timeout_s: float | None = PAUSE_TIMEOUT_S) -> Iterator[None]:
-        """Pause every class below ``priority`` for the body, whatever way the body ends."""
+        """Pause every class below ``priority`` for the body, whatever way the body ends.
+
+        What this thread computes in the body has to be of class ``priority`` or above: else it waits for
+        itself, which :meth:`wait` refuses.
+        """
         c = self._check(priority)
-        owner = object()
+        owner = _Urgent(threading.get_ident())
         try:
             for lower in range(c):
                 self.pause(lower, owner, timeout_s=timeout_s)
@@ -225,6 +229,10 @@ class PriorityFlag:
         Returns True once the class may run, False if ``timeout_s`` seconds went by first. A thread
         that waits here also enforces the deadlines, so it cannot be kept for ever by an owner that
         died.
+
+        Raises:
+            RuntimeError: this thread is inside of :meth:`urgent`, which pauses the class: it would wait for
+                itself until the deadline. Not with ``timeout_s``.
         """
         c = self._check(priority)
         if timeout_s is not None and (not is_number(timeout_s) or timeout_s != timeout_s):
@@ -234,6 +242,8 @@ class PriorityFlag:
             self._expire(now)
             if not self._owners[c]:
                 return True
+            if timeout_s is None:
+                self._check_not_own(c)
             give_up = None if timeout_s is None else now + timeout_s
             self._on_event("park", c, now)
             if self.device.type == "cpu":
@@ -311,10 +321,25 @@ class PriorityFlag:
         self.expired += count
         return count
 
+    def _check_not_own(self, c: int) -> None:
+        here = threading.get_ident()
+        if any(isinstance(owner, _Urgent) and owner.thread == here for owner in self._owners[c]):
+            raise RuntimeError(
+                f"class {c} is paused by flag.urgent() in this very thread, which would wait for itself; "
+                "give what is urgent its own class (moe(..., priority=1) inside of flag.urgent(1))"
+            )
+
     def _check(self, priority: int) -> int:
         if not is_integer(priority) or not 0 <= priority < self.classes:
             raise ValueError(f"priority must be an integer from 0 to {self.classes - 1}, got {priority!r}")
         return int(priority)
+
+
+class _Urgent:
+    """The owner of one body of :meth:`PriorityFlag.urgent`."""
+
+    def __init__(self, thread: int):
+        self.thread = thread
 
 
 def _device(device: str | torch.device) -> torch.device:

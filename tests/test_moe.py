@@ -260,6 +260,25 @@ def test_moe_waits_while_paused_and_no_longer():
     assert_same_bits(outputs[0], moe(**CASE.tensors()))
 
 
+@pytest.mark.parametrize("gate", ["host", "stream"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_forgets_the_class_inside_of_urgent_does_not_wait_for_himself(backend, gate):
+    """It would be a minute, until the pause's deadline."""
+    flag, given = PriorityFlag(gate=gate), {**CASE.tensors(), "backend": backend}
+    with flag.urgent(1):
+        with pytest.raises(RuntimeError, match=r"class 0 is paused by flag.urgent\(\) in this very thread"):
+            moe(**given, flag=flag)
+        assert_same_bits(moe(**given, flag=flag, priority=1), moe(**given))
+        assert not flag.wait(0, 0.01)
+        outputs = []
+        thread = threading.Thread(target=lambda: outputs.append(moe(**given, flag=flag)))
+        thread.start()  # which is another one, and may wait
+        thread.join(0.1)
+        assert not outputs
+    thread.join(20)
+    assert_same_bits(outputs[0], moe(**given))
+
+
 def test_moe_outlives_an_owner_that_died():
     flag = PriorityFlag()
     flag.pause(0, "dead", timeout_s=0.05)

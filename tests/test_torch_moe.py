@@ -24,6 +24,7 @@ from qllm_ops.testing import (
     moe_cases,
     poisoned_empty,
     schedules,
+    telling,
 )
 
 
@@ -43,6 +44,7 @@ def alone(case: MoeCase) -> torch.Tensor:
     return qllm_ops.moe(**case.tensors(), backend="torch")
 
 
+@telling()
 @given(case=moe_cases(formats=(None, *FORMATS)), schedule=schedules())
 def test_any_layer_under_any_schedule(case, schedule):
     flag = PriorityFlag()
