@@ -253,8 +253,8 @@ class TritonMoe:
         return True
 
     def _activate(self) -> None:
-        gated = self.inputs.activation(self._intermediate)
-        gated = checked("activation", gated, (self._pairs, self.inputs.intermediate_size), self.device)
+        rows, shape = self._intermediate, (self._pairs, self.inputs.intermediate_size)
+        gated = checked("activation", self.inputs.activation(rows), shape, rows.device)
         if self.device.type == "cuda":
             # Read on this stream, and let go to the one that the run was made on.
             self._intermediate.record_stream(torch.cuda.current_stream())
@@ -262,7 +262,7 @@ class TritonMoe:
 
     def _norm(self) -> None:
         rows = self._partial[0]
-        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape, self.device))
+        rows.copy_(checked("expert_norm", self.inputs.expert_norm(rows), rows.shape, rows.device))
 
     # -- before the first launch -----------------------------------------------------------------
 
