@@ -21,17 +21,19 @@ NO_GRADIENT = (
     "model with its own experts (qllm_ops.models.uninstall)"
 )
 
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as it is without autocast and without recording gradients, whatever the caller's modes."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        if not autocast and not torch.is_grad_enabled():  # as in most calls, which a microsecond matters to
+        cast = [kind for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
+        if not cast and not torch.is_grad_enabled():
             return function(*args, **kwargs)
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            for kind in ("cpu", "cuda") if autocast else ():
+            for kind in cast:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 

@@ -122,8 +122,8 @@ def moe(
         biases, tiles = (gate_up_bias, down_bias), (batch_invariant, max_exit_us)
         layout = (gated, interleaved, transposed, weights_on_input, fp8_activations)
         return traced(tensors, biases, activation, layout, tiles, flag, priority, backend)
-    output = uncompiled(
-        _moe,
+    return uncompiled(
+        _call,
         *tensors,
         flag=flag,
         priority=priority,
@@ -140,11 +140,6 @@ def moe(
         fp8_activations=fp8_activations,
         max_exit_us=max_exit_us,
     )
-    if not torch.is_grad_enabled():
-        return output
-    others = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    others |= {"activation": activation, "expert_norm": expert_norm}
-    return uncompiled(_refusing, output, tensors, others)
 
 
 def _check_kept(activation: object, expert_norm: object, flag: PriorityFlag | None) -> None:
@@ -167,15 +162,16 @@ def _traceable(gate_up_proj: Weight, down_proj: Weight, activation: object, expe
     return isinstance(activation, (str, Activation)) and expert_norm is None and alike
 
 
-def _refusing(output: Tensor, tensors: tuple[Weight, ...], others: dict[str, Any]) -> Tensor:
-    return refusing_gradients(output, _asked(tensors, others))
+def _call(*tensors: Weight, **options: Any) -> Tensor:
+    output = _moe(*tensors, **options)
+    return refusing_gradients(output, _asked(tensors, options)) if torch.is_grad_enabled() else output
 
 
-def _asked(tensors: tuple[Weight, ...], others: dict[str, Any]) -> tuple[Tensor, ...]:
+def _asked(tensors: tuple[Weight, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Those of the arguments of `moe` that require a gradient."""
     dense = (x.scales if isinstance(x, QuantizedWeight) else x for x in tensors)
-    biases = (others.get("gate_up_bias"), others.get("down_bias"))
-    functions = (others.get("activation"), others.get("expert_norm"))
+    biases = (options.get("gate_up_bias"), options.get("down_bias"))
+    functions = (options.get("activation"), options.get("expert_norm"))
     return asked_for_gradients((*dense, *biases), functions)
 
 
@@ -355,7 +351,7 @@ def moe_reference(
     """The same as :func:`moe`, one token and one expert at a time in float32. Slow, to check by eye."""
     tensors = (hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
     experts["activation"] = activation
-    return _refusing(_reference(check_inputs(*tensors, **experts)), tensors, experts)
+    return refusing_gradients(_reference(check_inputs(*tensors, **experts)), _asked(tensors, experts))
 
 
 @plain

@@ -146,7 +146,8 @@ class MoeCase:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
         if self.routing == "distinct" and self.top_k > self.num_experts:
-            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+            most = f"num_experts = {self.num_experts}"
+            raise ValueError(f"top_k must be at most {most} in {self.routing!r}, got {self.top_k}")
 
     def tensors(self, device: str | torch.device = "cpu") -> dict[str, Any]:
         """The arguments of `qllm_ops.moe`, other than defaults. The same at every call."""
