@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qllm_ops.activation import AnyActivation, as_activation
 from qllm_ops.invariant import is_batch_invariant
+from qllm_ops.modes import in_memory
 from qllm_ops.quantized import ROW_GROUP, W8A8, QuantizedWeight
 from qllm_ops.tiles import EXIT_US, check_max_exit_us
 
@@ -77,8 +77,7 @@ class MoeInputs:
 
     @property
     def in_memory(self) -> bool:
-        """False for tensors of the meta device and for fake ones, of which nothing can be computed."""
-        return not (self.hidden_states.is_meta or isinstance(self.hidden_states, FakeTensor))
+        return in_memory(self.hidden_states)
 
     @property
     def product_format(self) -> str | None:

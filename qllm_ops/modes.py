@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 NO_GRADIENT = (
     "qllm_ops.moe is for inference and has no backward pass; call it inside of torch.no_grad(), or train a "
@@ -37,6 +38,11 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """False for tensors of the meta device and for fake ones, of which nothing can be computed."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def asked_for_gradients(tensors: Iterable[object], functions: Iterable[object] = ()) -> tuple[Tensor, ...]:

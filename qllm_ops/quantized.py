@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qllm_ops.modes import plain
+from qllm_ops.modes import in_memory, plain
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of four-bit floating point: a bit of sign, two of exponent, one of mantissa."""
@@ -600,8 +600,8 @@ def _by_expert(
         raise TypeError(f"weight must be a dense floating-point tensor, got {got}")
     if weight.layout != torch.strided:
         raise TypeError(f"weight must be a dense floating-point tensor, got layout {weight.layout}")
-    if weight.is_meta:
-        raise ValueError("weight must be in memory, got a tensor on the meta device")
+    if not in_memory(weight):
+        raise ValueError(f"weight must be in memory, got a {'meta' if weight.is_meta else 'fake'} tensor")
     if weight.dim() != 3 or weight.numel() == 0:
         raise ValueError(f"weight must be (E, N, K), none of them 0, got shape {tuple(weight.shape)}")
     at_once = PIECE if weight.device.type == "cpu" else weight[0].numel()

@@ -44,7 +44,7 @@ def layer(
     """A layer of random numbers. ``routing`` is "any" (skipped pairs too), "one" expert, or "all" of them."""
     case = MoeCase(
         tokens, hidden, intermediate, experts, top_k, dtype=dtype, layout=layout, biases=biases, seed=seed,
-        quantized=quantized,
+        quantized=quantized, routing="any",
     )  # fmt: skip
     weights = {
         name: value for name, value in case.tensors().items() if "proj" in name or name.endswith("bias")

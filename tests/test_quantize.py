@@ -139,7 +139,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     model.get_parameter(name).data[2, 3, 4] = float("nan")
     model.save_pretrained(tmp_path)
     for call in (lambda: load(tmp_path, quantize="int4"), lambda: quantize_experts(model, "int4")):
-        with pytest.raises(ValueError, match=f"{name}: weight must be finite, .* in expert 2"):
+        with pytest.raises(ValueError, match=f"{name}: weight must be finite.* in expert 2"):
             call()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qllm_ops
@@ -470,7 +471,8 @@ def test_what_cannot_be_quantised(quantizer):
         (torch.full((2, 8, 16), float("nan")), ValueError, "NaN"),
         (torch.full((2, 8, 16), 1e300, dtype=torch.float64), ValueError, "finite in float32"),
         (torch.ones(2, 8, 16).to_sparse(), TypeError, "layout torch.sparse_coo"),
-        (torch.ones(2, 8, 16, device="meta"), ValueError, "in memory"),
+        (torch.ones(2, 8, 16, device="meta"), ValueError, "in memory, got a meta tensor"),
+        (FakeTensorMode().from_tensor(torch.ones(2, 8, 16)), ValueError, "in memory, got a fake tensor"),
         (torch.ones(2, 8, 16).to(torch.float8_e4m3fn), TypeError, "float8_e4m3fn"),
     ):
         with pytest.raises(kind, match="weight must be") as caught:
