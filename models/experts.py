@@ -37,7 +37,7 @@ from qllm_ops import (
     warm_up,
 )
 from qllm_ops.inputs import DTYPES, Weight
-from qllm_ops.library import uncompiled
+from qllm_ops.library import kept, uncompiled
 from qllm_ops.modes import asked_for_gradients, refusing_gradients
 from qllm_ops.moe import check_flag
 
@@ -178,6 +178,10 @@ def experts_forward(
     Raises:
         UnsupportedExpertsError: the module's layout is not one that `moe` computes.
     """
+    if kept():  # A number of this process would be another module's elsewhere: the weights go along.
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError("strict must be False in torch.export of a model with our experts, got True")
+        return _experts_forward(module, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_compiling() and getattr(module, HANDLE, None) is not None:
         number = getattr(module, HANDLE).number
         output = torch.ops.qllm_ops.experts(
@@ -209,7 +213,7 @@ def _experts_forward(
     options["fp8_activations"] = settings.fp8_activations
     if _warming.get() is not None:
         _warm_up(tensors, options)
-    if flag is None or flag.gate == "stream":
+    if flag is None or flag.gate == "stream" or kept():  # where `moe` refuses a flag
         output = moe(*tensors, **options, flag=flag, priority=preemption.priority)
     else:
         run = MoeRun(*tensors, **options, flag=flag, priority=preemption.priority)

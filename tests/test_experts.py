@@ -12,9 +12,10 @@ from transformers.activations import ACT2FN
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
-from qllm_ops import Activation
+from qllm_ops import Activation, PriorityFlag
 from qllm_ops.models import UnsupportedExpertsError, install
 from qllm_ops.models.experts import experts_forward, experts_layout
+from qllm_ops.models.presets import make_preset
 
 
 class Experts(nn.Module):
@@ -244,3 +245,32 @@ def test_a_graph_that_outlives_its_module_says_so():
 def test_importing_registers_one_function():
     assert ExpertsInterface()["qllm"] is experts_forward
     assert FP8ExpertsInterface()["qllm"] is experts_forward
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_an_exported_model_has_its_experts_weights_with_it(tmp_path):
+    model, ids = make_preset("tiny"), torch.arange(6)[None]
+    install(model)
+    program = torch.export.export(Logits(model), (ids,), strict=False)
+    called = {str(node.target) for node in program.graph.nodes if "qllm_ops" in str(node.target)}
+    assert called == {"qllm_ops.moe.default"}
+    wanted = Logits(model)(ids)
+    torch.export.save(program, tmp_path / "model.pt2")
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(ids), wanted)
+    with pytest.raises(Exception, match=r"strict must be False in torch\.export"):
+        torch.export.export(Logits(model), (ids,), strict=True)
+    install(model, PriorityFlag())
+    with pytest.raises(ValueError, match=r"flag must be None in torch\.export"):
+        torch.export.export(Logits(model), (ids,), strict=False)
