@@ -247,6 +247,7 @@ def test_what_is_not_batch_invariant_is_refused(model):
         assert engine.submit(prompt(5), max_new_tokens=2).result(WAIT_S) == generated(model, prompt(5), 2)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # It hides a signature.
 def test_a_model_that_gives_the_logits_of_every_token():
     """Not every model knows logits_to_keep (Qwen3-Omni does not)."""
     model = make_preset("tiny")

@@ -148,6 +148,7 @@ def test_a_run_is_no_part_of_an_exported_program():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 @pytest.mark.parametrize("trace", [torch.jit.trace, lambda f, x: make_fx(f)(*x)], ids=["jit", "make_fx"])
 def test_a_trace_does_not_keep_the_routing_that_it_saw(trace):
     block, x = Block(CASE), CASE.tensors()["hidden_states"]
