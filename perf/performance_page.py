@@ -224,7 +224,8 @@ def _percent(error: float) -> str:
 def bench_engine(result: Result) -> Iterator[str]:
     document = result.document
     asked = document["args"]
-    yield f"Requests at once: {asked['rows']}, {asked['new']} new tokens each, preset {asked['preset']}, greedy."
+    each = f"{asked['new']} new tokens each, preset {asked['preset']}, greedy"
+    yield f"Requests at once: {asked['rows']}, {each}."
     yield ""
     rows = [
         (
