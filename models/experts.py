@@ -189,9 +189,7 @@ def experts_forward(
         )
     else:
         output = uncompiled(_experts_forward, module, hidden_states, top_k_index, top_k_weights)
-    return refusing_gradients(
-        output, asked_for_gradients((hidden_states, top_k_weights, *module.parameters()))
-    )
+    return refusing_gradients(output, asked_for_gradients((hidden_states, top_k_weights), (module,)))
 
 
 def _experts_forward(

@@ -256,15 +256,9 @@ class Plan:
     def _make_route(self, count: int) -> Launch:
         x, tiles = self.signature, self.tiles
         row_blocks = ceil_div(x.num_tokens, tiles["combine"].block_m)
-        # of any chunk but the last, and of the last
-        down, last_down = (
-            ceil_div(size, tiles["down"].block_n) * tiles["down"].split_k
-            for size in (self.width, self.phases[-1].size)
-        )
-        combine, last_combine = (
-            ceil_div(size, tiles["combine"].block_n) * row_blocks
-            for size in (self.width, self.phases[-1].size)
-        )
+        chunks = (self.width, self.phases[-1].size)  # any but the last, and the last
+        down, last_down = (ceil_div(size, tiles["down"].block_n) * tiles["down"].split_k for size in chunks)
+        combine, last_combine = (ceil_div(size, tiles["combine"].block_n) * row_blocks for size in chunks)
         constants = {
             "num_pairs": self.pairs,
             "num_experts": x.num_experts,

@@ -61,7 +61,7 @@ class Sampling:
             raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
-        object.__setattr__(self, "seed", plain(self.seed))  # the fields are frozen
+        object.__setattr__(self, "seed", as_int(self.seed))  # the fields are frozen
         if not is_integer(self.seed):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
@@ -78,7 +78,7 @@ def token_ids(prompt: Iterable[SupportsIndex]) -> list[int]:
         raise ValueError(f"prompt must be one sequence of token ids, got {reprlib.repr(prompt)}") from None
 
 
-def plain(value: object) -> object:
+def as_int(value: object) -> object:
     """An integer of numpy as Python's own, which has no largest one; anything else as it is."""
     return int(value) if is_integer(value) else value
 
@@ -119,9 +119,9 @@ class Request:
     finish_s: float | None = None
 
     def __post_init__(self):
-        self.priority, self.max_new_tokens = plain(self.priority), plain(self.max_new_tokens)
+        self.priority, self.max_new_tokens = as_int(self.priority), as_int(self.max_new_tokens)
         several = isinstance(self.eos_token_id, (list, tuple))
-        self.eos_token_id = [plain(t) for t in self.eos_token_id] if several else plain(self.eos_token_id)
+        self.eos_token_id = [as_int(t) for t in self.eos_token_id] if several else as_int(self.eos_token_id)
 
     def check(self) -> None:
         """Raise ValueError for values that no scheduler can count, compare or sort by."""
