@@ -282,6 +282,7 @@ class Plan:
             "num_experts": x.num_experts,
             "hidden_size": x.hidden_size,
             "HAS_FLAG": poll,
+            "THREADS": config.num_warps * warp_size(arch_of(x.device)),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         }
@@ -409,6 +410,11 @@ def cut_into_phases(hidden_size: int, intermediate_size: int, width: int) -> tup
             Phase(len(phases) + i, kernel, begin, size) for i, kernel in enumerate(("down", "combine"))
         ]
     return tuple(phases)
+
+
+def warp_size(arch: str) -> int:
+    """Threads of a warp; of a wavefront, on AMD's cards for servers."""
+    return 64 if arch.startswith("gfx") else 32
 
 
 @functools.cache

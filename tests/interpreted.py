@@ -153,12 +153,24 @@ def hooked(name: str, before):
         delattr(interpreter_builder, name)
 
 
+@contextlib.contextmanager
+def at_shared_words(before):
+    """Call ``before()`` ahead of every poll of the flag and of every atomic operation."""
+
+    def poll(ptrs, mask, other, policy, is_volatile):
+        if is_volatile:
+            before()
+
+    with hooked("create_atomic_rmw", lambda *_: before()), hooked("create_masked_load", poll):
+        yield
+
+
 def flipping(flag: PriorityFlag, gaps):
-    """Pause the class if it runs, else resume it, after each of these numbers of atomic operations."""
+    """Pause the class if it runs, else resume it, after each of these numbers of polls and atomics."""
     gaps = iter(gaps)
     left = next(gaps, None)
 
-    def before(*_):
+    def before():
         nonlocal left
         if left is None:
             return
@@ -168,4 +180,4 @@ def flipping(flag: PriorityFlag, gaps):
         else:
             left -= 1
 
-    return hooked("create_atomic_rmw", before)
+    return at_shared_words(before)

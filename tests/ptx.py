@@ -161,7 +161,7 @@ class Threads:
                 self.active = together & (
                     self.registers[guard.lstrip("!")].astype(bool) ^ guard.startswith("!")
                 )
-            if name.startswith(("atom.", "red.")) or ".relaxed." in name:
+            if name.startswith(("atom.", "red.")) or ".relaxed." in name or ".volatile." in name:
                 yield
             if name == "ret" and self.active.any():
                 assert self.active.all(), "some threads end before others: not implemented"
@@ -199,7 +199,7 @@ class Threads:
             number = self.parameters[int(re.search(r"param_(\d+)", sources[0])[1])]
             self.write(target, np.full(self.count, number).astype(TYPES[kind]))
         elif base in ("ld", "st"):
-            space = modifiers[0].partition("::")[0]
+            space = modifiers[modifiers[0] == "volatile"].partition("::")[0]
             self.move(base, space, operands, np.dtype(TYPES[kind]).itemsize, active)
         elif base == "ldmatrix":
             self.load_matrices(target, sources[0], "trans" in modifiers)

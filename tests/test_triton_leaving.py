@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1; tests/test_triton_gpu.py is for GPUs", allow_module_level=True)
 
-from interpreted import TILES, assert_close, finish, flipping, hooked, layer, layers, uninterrupted, width
+from interpreted import (
+    TILES,
+    assert_close,
+    at_shared_words,
+    finish,
+    flipping,
+    layer,
+    layers,
+    uninterrupted,
+    width,
+)
 
 from qllm_ops import FULL, PriorityFlag, moe
 from qllm_ops.kernels import tickets
@@ -175,7 +185,7 @@ def test_a_pause_past_its_deadline_ends_at_the_next_step():
 
 
 def test_a_flag_leaves_within_one_tile():
-    """Paused at any atomic operation of a launch, no program takes another tile."""
+    """Paused at any poll and any atomic operation of a launch, no program takes another tile."""
     inputs = layer(9, 29, 19, 3, 2)
     whole = TritonMoe(inputs, None, 0, plan=plan_of(inputs, TILES[1]))
     whole.launch_all()
@@ -185,7 +195,7 @@ def test_a_flag_leaves_within_one_tile():
         run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, TILES[1]))
         with flipping(flag, [place]):
             run.step(None)
-        # Atomics come in pairs, a poll and a ticket; a pause between the two comes too late for that tile.
+        # A poll and a ticket take turns; a pause between the two comes too late for that tile.
         assert run.tiles_done == -(-place // 2)
 
 
@@ -224,12 +234,12 @@ def test_a_share_that_grows_is_taken_up_by_the_next_launch(tiles):
     run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles))
     seen = []
 
-    def before(*_):
+    def before():
         seen.append(1)
         if len(seen) == 6:
             flag.share(0, FULL)
 
-    with hooked("create_atomic_rmw", before):
+    with at_shared_words(before):
         assert not run.step(None)  # the one program that ran has left for the others' sake
         assert 0 < run.tiles_done < run._totals[0]
         list(finish(run))
@@ -237,7 +247,7 @@ def test_a_share_that_grows_is_taken_up_by_the_next_launch(tiles):
     # Shrinking needs no new launch: those that have to go go, and the others stay.
     run = TritonMoe(inputs, flag, 0, plan=plan_of(inputs, tiles))
     seen.clear()
-    with hooked("create_atomic_rmw", lambda *_: flag.share(0, 1)):
+    with at_shared_words(lambda: flag.share(0, 1)):
         assert run.step(None)
 
 

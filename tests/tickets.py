@@ -30,8 +30,9 @@ from qllm_ops.kernels import tickets as kernels
 BUDGET, GIVEN_BACK, TICKETS, DONE, TOTAL, FLAG, SLOTS = 0, 1, 2, 4, 6, 8, 9
 PHASES = 2
 FULL = 99
+THREADS = 2  # of a program
 
-FUNCTIONS = ("poll", "next_ticket", "take_returned", "give_back", "leave", "last_ticket")
+FUNCTIONS = ("begin_poll", "answer", "next_ticket", "take_returned", "give_back", "leave", "last_ticket")
 
 
 class Pending(Exception):
@@ -68,15 +69,21 @@ class Memory:
     def atomic_xchg(self, pointer: Pointer, value: int, sem: str) -> int:
         return self.operation("exchange", int(pointer.address), int(value))
 
-    def load(self, pointer: Pointer) -> Any:
+    def load(self, pointer: Pointer, mask: Any = None, other: int = 0, volatile: bool = False) -> Any:
         addresses = np.atleast_1d(pointer.address)
+        if volatile:  # of one thread: it sees what is there
+            values = [
+                self.operation("add", int(a), 0) if m else other for a, m in zip(addresses, mask, strict=True)
+            ]
+            return np.array(values)
         values = np.array(self.operation("load", *map(int, addresses)))
         return values if np.ndim(pointer.address) else int(values[0])
 
     def program_id(self, axis: int) -> int:
         return self.program
 
-    arange, where, min = staticmethod(np.arange), staticmethod(np.where), staticmethod(np.min)
+    arange, where = staticmethod(np.arange), staticmethod(np.where)
+    min, sum = staticmethod(np.min), staticmethod(np.sum)
 
 
 def protocol(changes: dict[str, str] | None = None) -> str:
@@ -166,26 +173,31 @@ class Explorer:
         memory = Memory(program, results)
         run, state, flag = self._functions(memory), Pointer(0), Pointer(FLAG)
 
-        def next_ticket(end: int) -> int:
+        def poll() -> Any:
+            return run.begin_poll(flag, launch.polls, THREADS)
+
+        def next_ticket(asked: Any, end: int) -> int:
             return run.next_ticket(
-                state, Pointer(SLOTS), flag, end, launch.share, launch.quantum, launch.phase, launch.polls,
+                state, Pointer(SLOTS), asked, end, launch.share, launch.quantum, launch.phase, launch.polls,
                 self.looks, self.slots,
             )  # fmt: skip
 
         try:
             if place is None:
+                asked = poll()
                 end = run.last_ticket(state, launch.phase)
-                return "place", Place(int(end), 0, int(next_ticket(end)))
+                return "place", Place(int(end), 0, int(next_ticket(asked, end)))
             if not place.ticket < place.end:
                 run.leave(state, place.done, launch.quantum, launch.phase)
                 return "end", None
             looks = self.looks if launch.polls else 0
-            whole = all(program < run.poll(flag) for _ in range(looks))
-            if whole:
-                memory.operation("compute", place.ticket)
-            else:
+            whole = all(program < run.answer(poll()) for _ in range(looks))
+            if not whole:
                 run.give_back(place.ticket, state, Pointer(SLOTS))
-            return "place", Place(place.end, place.done + whole, int(next_ticket(place.end)))
+            asked = poll()
+            if whole:  # Its tile is stored while the poll is under way.
+                memory.operation("compute", place.ticket)
+            return "place", Place(place.end, place.done + whole, int(next_ticket(asked, place.end)))
         except Pending as pending:
             return "operation", pending.args[0]
 

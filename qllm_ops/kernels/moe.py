@@ -44,11 +44,12 @@ from qllm_ops.kernels.tickets import (
     OFFSETS,
     TICKETS,
     TOTAL,
+    answer,
+    begin_poll,
     give_back,
     last_ticket,
     leave,
     next_ticket,
-    poll,
 )
 
 # Row blocks of one expert that run side by side share a block of weights through the L2 cache; beyond
@@ -66,8 +67,9 @@ def locate(
     rows, its weights are read from memory once.
     """
     experts = tl.arange(0, BLOCK_E)
-    ends = tl.load(blocks_ptr + 1 + experts, mask=experts < num_experts, other=2147483647)
-    expert = tl.sum((ends <= ticket // n_blocks).to(tl.int32), axis=0)
+    ends = tl.load(blocks_ptr + 1 + experts, mask=experts < num_experts, other=0)
+    before = (experts < num_experts) & (ends * n_blocks <= ticket)
+    expert = tl.sum(before.to(tl.int32), axis=0)
     first = tl.load(blocks_ptr + expert)
     m_blocks = tl.load(blocks_ptr + expert + 1) - first
 
@@ -104,6 +106,7 @@ def multiply(
     STAGES: tl.constexpr,
     EXIT_K: tl.constexpr,
     HAS_FLAG: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Sum over k in [begin, stop) of a[:, k] * b[k, :], in increasing k, in float32; and whether all of it.
 
@@ -133,7 +136,7 @@ def multiply(
             k += EXIT_K
             stay = k < stop
             if HAS_FLAG:
-                stay &= tl.program_id(0) < poll(flag_ptr)
+                stay &= tl.program_id(0) < answer(begin_poll(flag_ptr, HAS_FLAG, THREADS))
         whole = k >= stop
     if WEIGHTS_FIRST:
         sums = tl.trans(tl.reshape(sums, (BLOCK_N, BLOCK_M)))
@@ -386,6 +389,7 @@ def gate_up(
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_FLAG: tl.constexpr,
+    THREADS: tl.constexpr,  # of a program
     EVEN: tl.constexpr,  # hidden_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # half as many as there are rows of weights in a tile
@@ -399,9 +403,10 @@ def gate_up(
     returned_ptr = offsets_ptr + 3 * (num_experts + 1)
     n_blocks = tl.cdiv(weight_rows, 2 * BLOCK_N)
     out_columns = weight_rows if PAIRS == "none" else weight_rows // 2
+    first_poll = begin_poll(flag_ptr, HAS_FLAG, THREADS)
     end = last_ticket(state_ptr, 0)
     done = 0
-    ticket = next_ticket(state_ptr, returned_ptr, flag_ptr, end, share, quantum, 0, HAS_FLAG, EXIT_K, SLOTS)
+    ticket = next_ticket(state_ptr, returned_ptr, first_poll, end, share, quantum, 0, HAS_FLAG, EXIT_K, SLOTS)
     while ticket < end:
         expert, row, stop, n_block = locate(
             ticket, offsets_ptr + num_experts + 1, offsets_ptr, num_experts, n_blocks, BLOCK_M, BLOCK_E
@@ -409,7 +414,8 @@ def gate_up(
         rows = row + tl.arange(0, BLOCK_M)
         # Rows past the expert's last read pair 0, which exists, and are not stored. So the loads in
         # the loop need no mask; the same for the columns past the last.
-        tokens = tl.load(order_ptr + rows, mask=rows < stop, other=0) // top_k
+        # Divided in 32 bits: in 64 it takes two hundred instructions.
+        tokens = (tl.load(order_ptr + rows, mask=rows < stop, other=0).to(tl.int32) // top_k).to(tl.int64)
         both = tl.arange(0, 2 * BLOCK_N)
         weights = n_block * 2 * BLOCK_N + both
         inside = weights < weight_rows
@@ -439,8 +445,11 @@ def gate_up(
         sums, whole = multiply(
             hidden_ptr, tokens, hidden_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs, 0, hidden_size, flag_ptr, FORMAT, GROUP_K,
-            BY_TWO, MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
+            BY_TWO, MASKED, EVEN, BLOCK_M, 2 * BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG, THREADS,
         )  # fmt: skip
+        if not whole:
+            give_back(ticket, state_ptr, returned_ptr)
+        asked = begin_poll(flag_ptr, HAS_FLAG, THREADS)  # answered while the tile is stored
         if SCALED:
             scale = tl.load(scale_ptr + tl.load(order_ptr + rows, mask=rows < stop, other=0))
             sums *= scale.to(tl.float32)[:, None]
@@ -470,12 +479,8 @@ def gate_up(
             narrow(result, intermediate_ptr.dtype.element_ty),
             mask=(rows < tl.where(whole, stop, row))[:, None] & (columns < out_columns)[None, :],
         )
-        if not whole:
-            give_back(ticket, state_ptr, returned_ptr)
         done += tl.where(whole, 1, 0)
-        ticket = next_ticket(
-            state_ptr, returned_ptr, flag_ptr, end, share, quantum, 0, HAS_FLAG, EXIT_K, SLOTS
-        )
+        ticket = next_ticket(state_ptr, returned_ptr, asked, end, share, quantum, 0, HAS_FLAG, EXIT_K, SLOTS)
     leave(state_ptr, done, quantum, 0)
 
 
@@ -514,6 +519,7 @@ def down(
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
+    THREADS: tl.constexpr,  # of a program
     EVEN: tl.constexpr,  # every part of intermediate_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -529,10 +535,11 @@ def down(
     returned_ptr = offsets_ptr + 3 * (num_experts + 1)
     n_blocks = tl.cdiv(chunk_size, BLOCK_N) * SPLIT_K
     part_size = tl.cdiv(tl.cdiv(intermediate_size, SPLIT_K), BLOCK_K) * BLOCK_K
+    first_poll = begin_poll(flag_ptr, HAS_FLAG, THREADS)
     end = last_ticket(state_ptr, phase)
     done = 0
     ticket = next_ticket(
-        state_ptr, returned_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, EXIT_K, SLOTS
+        state_ptr, returned_ptr, first_poll, end, share, quantum, phase, HAS_FLAG, EXIT_K, SLOTS
     )
     while ticket < end:
         expert, row, stop, n_block = locate(
@@ -562,28 +569,34 @@ def down(
                 weight_zero_ptr, scale_ptrs, expert, chunk_begin + weights, hidden_size, zero_columns
             )
         source_rows = tl.where(valid, rows, 0).to(tl.int64)
+        if FORMAT is None:
+            # Before the sums, which hide how long it takes; those of widened weights leave no registers.
+            pairs = tl.load(order_ptr + rows, mask=valid, other=0).to(tl.int32)
         begin = part * part_size
         sums, whole = multiply(
             intermediate_ptr, source_rows, intermediate_size,
             b_ptrs, k_stride, inside, scale_ptrs, zero_ptrs,
             begin, tl.minimum(begin + part_size, intermediate_size), flag_ptr, FORMAT, GROUP_K,
-            BY_TWO, MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG,
+            BY_TWO, MASKED, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EXIT_K, HAS_FLAG, THREADS,
         )  # fmt: skip
+        if not whole:
+            give_back(ticket, state_ptr, returned_ptr)
+        asked = begin_poll(flag_ptr, HAS_FLAG, THREADS)  # answered while the tile is stored
         if HAS_BIAS:
             bias_row_ptr = bias_ptr + expert.to(tl.int64) * hidden_size + chunk_begin
             bias = tl.load(bias_row_ptr + columns, mask=inside, other=0.0)
             sums += tl.where(part == 0, bias.to(tl.float32), 0.0)[None, :]
-        pairs = tl.load(order_ptr + rows, mask=valid, other=0) + part.to(tl.int64) * num_pairs
+        if FORMAT is not None:
+            pairs = tl.load(order_ptr + rows, mask=valid, other=0)
+        part_ptr = partial_ptr + part.to(tl.int64) * num_pairs * partial_width
         tl.store(
-            partial_ptr + pairs[:, None] * partial_width + columns[None, :],
+            part_ptr + pairs[:, None].to(tl.int64) * partial_width + columns[None, :],
             narrow(sums, partial_ptr.dtype.element_ty),
             mask=(rows < tl.where(whole, stop, row))[:, None] & inside[None, :],
         )
-        if not whole:
-            give_back(ticket, state_ptr, returned_ptr)
         done += tl.where(whole, 1, 0)
         ticket = next_ticket(
-            state_ptr, returned_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, EXIT_K, SLOTS
+            state_ptr, returned_ptr, asked, end, share, quantum, phase, HAS_FLAG, EXIT_K, SLOTS
         )
     leave(state_ptr, done, quantum, phase)
 
@@ -609,15 +622,17 @@ def combine(
     chunk_size,
     partial_width,
     HAS_FLAG: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
     n_blocks = tl.cdiv(chunk_size, BLOCK_N)
+    first_poll = begin_poll(flag_ptr, HAS_FLAG, THREADS)
     end = last_ticket(state_ptr, phase)
     done = 0
-    ticket = next_ticket(state_ptr, state_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, 0, 0)
+    ticket = next_ticket(state_ptr, state_ptr, first_poll, end, share, quantum, phase, HAS_FLAG, 0, 0)
     while ticket < end:
         tokens = (ticket // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         columns = ticket % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -635,11 +650,12 @@ def combine(
                 term = tl.load(partial_ptr + rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
                 value += term.to(tl.float32)
             sums += weights[:, None] * value
+        asked = begin_poll(flag_ptr, HAS_FLAG, THREADS)
         tl.store(
             output_ptr + tokens[:, None] * hidden_size + (chunk_begin + columns)[None, :],
             narrow(sums, output_ptr.dtype.element_ty),
             mask=inside,
         )
         done += 1
-        ticket = next_ticket(state_ptr, state_ptr, flag_ptr, end, share, quantum, phase, HAS_FLAG, 0, 0)
+        ticket = next_ticket(state_ptr, state_ptr, asked, end, share, quantum, phase, HAS_FLAG, 0, 0)
     leave(state_ptr, done, quantum, phase)

@@ -12,8 +12,9 @@ the plan stays as it is:
                 (E + 1), for gate_up and again for down
     returned    (SLOTS,) the ticket of a tile that was given back by the program of this number, or -1
 
-A program polls the flag, takes a ticket, computes that tile whole, and only then polls again. So a
-tile that was taken is a tile that is done, and no tile's arithmetic depends on who ran it or when.
+A program polls the flag, takes a ticket, computes that tile whole, and polls again before it stores it, which
+hides how long the answer takes. So a tile that was taken is a tile that is done, and no tile's arithmetic
+depends on who ran it or when.
 
 Where one tile takes longer than leaving may (EXIT_K > 0), a program polls inside of its sums as well, drops
 them if it has to leave, and gives the ticket back: whoever looks for work next takes it first. A ticket is
@@ -37,20 +38,30 @@ OFFSETS = tl.constexpr(TOTAL + MAX_PHASES)
 
 
 @triton.jit
-def poll(flag_ptr):
-    """How many programs of this launch may run now.
+def begin_poll(flag_ptr, HAS_FLAG: tl.constexpr, THREADS: tl.constexpr):
+    """Ask how many programs of this launch may run. Nobody waits for that before `answer`.
 
-    An atomic that adds nothing: one thread reads, and the whole program sees the same value. A volatile load
-    would let the warps of one program read different values.
+    One thread reads, the first of as many elements as there are threads: if all did, the warps of one program
+    could see different values. For PTX a volatile load is a relaxed one of the scope of the system.
     """
-    return tl.atomic_add(flag_ptr, 0, sem="relaxed", scope="sys")
+    asked = None
+    if HAS_FLAG:
+        threads = tl.arange(0, THREADS)
+        asked = tl.load(flag_ptr + threads, mask=threads == 0, other=0, volatile=True)
+    return asked
+
+
+@triton.jit
+def answer(asked):
+    """How many programs may run, the same for the whole program."""
+    return tl.sum(asked, axis=0)
 
 
 @triton.jit
 def next_ticket(
     state_ptr,
     returned_ptr,
-    flag_ptr,
+    asked,  # by begin_poll, since this program's last tile was computed
     end,
     share,  # most programs that the flag may allow before this launch leaves to begin anew with more
     quantum,  # whether tiles are taken out of the budget
@@ -59,7 +70,7 @@ def next_ticket(
     EXIT_K: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Poll, then take a ticket: `end` or more if this program has to leave.
+    """Take a ticket, if the poll allows it: `end` or more if this program has to leave.
 
     Programs that a share has kept out do not come back by themselves: when it grows, those that run leave
     too, and the next launch begins with more.
@@ -69,7 +80,7 @@ def next_ticket(
     if quantum != 0:
         may_run &= tl.atomic_add(state_ptr + BUDGET, -1, sem="relaxed") > 0
     if HAS_FLAG:
-        programs = poll(flag_ptr)
+        programs = answer(asked)
         may_run &= (tl.program_id(0) < programs) & (programs <= share)
     ticket = end
     if may_run:
