@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qllm_ops import QuantizedWeight
+from qllm_ops.quantized import apart
 
 SCALES = "_scale_inv"
 """What transformers adds to the name of an FP8 weight for that of its scales."""
@@ -21,6 +23,8 @@ UNUSED = "_activation_scale"
 """Of FP8 models whose activations have a fixed scale, which `moe` does not use."""
 
 
+PARTS = ("values", "scales", "zeros")
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 INSTALL = "quantised experts are computed by qllm-ops alone: call qllm_ops.models.install(model)"
 
 
@@ -34,28 +38,58 @@ class QuantizedProjection(nn.Module):
     def __init__(self, weight: QuantizedWeight):
         super().__init__()
         self.format, self.block, self.columns = weight.format, weight.block, weight.columns
-        self._weight = weight
-        self.register_buffer("values", weight.values)
-        self.register_buffer("scales", weight.scales)
-        self.register_buffer("zeros", weight.zeros)
+        self._hold(weight)
+
+    def _hold(self, weight: QuantizedWeight) -> None:
+        self._weight: QuantizedWeight | None = weight
+        self._said = str(weight)
+        for name in PARTS:
+            self.register_buffer(name, getattr(weight, name))
 
     @property
     def weight(self) -> QuantizedWeight:
         """What it holds. Described anew, which waits for the device, where the buffers are other ones."""
         known = self._weight
-        if not (known.values is self.values and known.scales is self.scales and known.zeros is self.zeros):
-            known = self._weight = QuantizedWeight(
+        if known is None or any(getattr(known, name) is not getattr(self, name) for name in PARTS):
+            known = QuantizedWeight(
                 self.values, self.scales, self.format, self.block, self.columns, self.zeros
             )
-            self.scales, self.zeros = known.scales, known.zeros
+            self._hold(known)
         return known
 
     def extra_repr(self) -> str:
-        return str(self._weight)
+        return self._said
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # As bytes, which no change of dtype concerns.
-        return super()._apply(lambda tensor: fn(tensor.view(torch.uint8)).view(tensor.dtype), recurse)
+        def move(tensor: Tensor) -> Tensor:
+            integers = tensor.view(INTEGERS[tensor.itemsize])  # which no change of dtype concerns
+            moved = fn(integers)
+            return tensor if moved is integers else moved.view(tensor.dtype)
+
+        before = dict(self._buffers)
+        super()._apply(move, recurse)
+        if any(self._buffers[name] is not before[name] for name in PARTS):
+            self._weight = None  # which would keep the memory that they were in
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        scales, zeros = apart(*(destination.get(prefix + name) for name in PARTS[1:]))
+        destination[prefix + "scales"] = scales
+        if zeros is not None:
+            destination[prefix + "zeros"] = zeros
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._weight = None  # other numbers, perhaps in the same tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: the weight takes the buffers along."""
+        return vars(self) | {"_weight": self.weight, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold(self._weight)
 
     def __getitem__(self, expert: object) -> Tensor:
         raise TypeError(INSTALL)

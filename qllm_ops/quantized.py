@@ -63,12 +63,14 @@ class QuantizedWeight:
     """The weights of E experts, (E, N, K), as `moe` multiplies by them: value times scale.
 
     Checked when it is made, every value included, so that no call has to: that waits for the device once.
+    `torch.save` and `torch.load` take it, with weights_only=True as well where qllm_ops is imported; what is
+    loaded is checked again.
 
     Attributes:
         values: (E, N, K) float8_e4m3fn, or (E, N, ceil(K / 2)) uint8 with two numbers a byte.
         scales: (E, ceil(N / block[0]), ceil(K / block[1])), positive and finite. float32 for "fp8"; bfloat16,
             float16 or float32 for "int4"; uint8 exponents n for "mxfp4", standing for 2 ** (n - 127). A copy
-            of what was given, if it takes one for kernels to read them in words of 4 bytes.
+            of what was given, if it takes one for kernels to read them in words of 4 bytes, row after row.
         format: "fp8", "mxfp4" or "int4".
         block: rows and columns that share a scale; the last of either may be shorter. Columns are a power of
             two, at least 16. One row except in "fp8"; 32 columns in "mxfp4".
@@ -110,8 +112,9 @@ class QuantizedWeight:
         cls, values: Tensor, scales: Tensor, format: str, block: Sequence[int], columns: int,
         zeros: Tensor | None, largest: float,
     ) -> QuantizedWeight:  # fmt: skip
-        """Of what a QuantizedWeight had already: nothing is checked, so no device is waited for."""
+        """Of what a QuantizedWeight had already: no number is checked, so no device is waited for."""
         weight = object.__new__(cls)
+        scales, zeros = _in_words(scales, zeros, block[1])  # whoever had them in between may have moved them
         attributes = {"values": values, "scales": scales, "format": format, "block": tuple(block)}
         attributes |= {"columns": columns, "zeros": zeros, "largest": largest}
         for name, value in attributes.items():
@@ -253,6 +256,12 @@ class QuantizedWeight:
             self.values.to(device), self.scales.to(device), self.format, self.block, self.columns, zeros
         )
 
+    def __reduce__(self) -> tuple:
+        """For copy, pickle and `torch.load` alike: checked as any other."""
+        scales, zeros = apart(self.scales, self.zeros)
+        parts = (self.values, scales, self.format, self.block, self.columns, zeros)
+        return _rebuild, parts
+
     def __repr__(self) -> str:
         return f"<QuantizedWeight {self}>"  # and no numbers, which would have to be waited for
 
@@ -348,6 +357,14 @@ class QuantizedWeight:
             raise ValueError(f"zeros are on {self.zeros.device}, but values on {self.values.device}")
         if (self.zeros > 15).any():
             raise ValueError(f"zeros must be 0 to 15, got {self.zeros.max().item()}")
+
+
+def _rebuild(*parts: object) -> QuantizedWeight:
+    """What a pickle of a weight names. A function, so that the constructor cannot be passed by."""
+    return QuantizedWeight(*parts)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # for torch.load(..., weights_only=True)
 
 
 def _check_block(format: str, block: tuple[int, int]) -> None:
@@ -474,8 +491,17 @@ def zeros_lie_beside(group: int, scales: torch.dtype) -> bool:
     return group >= 128 and scales.itemsize == 2
 
 
+def apart(scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """For files, which take no memory of two dtypes, and safetensors none between rows."""
+    if zeros is None:
+        return scales.contiguous(), None
+    # `contiguous` would leave a single element where it is.
+    scales, zeros = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (scales, zeros))
+    return scales, zeros
+
+
 def _are_beside(scales: Tensor, zeros: Tensor | None) -> bool:
-    if zeros is None or scales.itemsize != 2 or scales.stride(2) != 2:
+    if zeros is None or scales.itemsize != 2 or not _in_order(scales, 2 * scales.shape[2], 2):
         return False
     doubled = tuple(2 * stride for stride in scales.stride())
     return zeros.stride() == doubled and zeros.data_ptr() == scales.data_ptr() + 2
@@ -489,11 +515,20 @@ def _with_whole_words(scales: Tensor) -> Tensor:
     experts, rows, columns = scales.shape
     in_word = 4 // scales.itemsize
     stride = -(-columns // in_word) * in_word
-    if columns == stride and scales.is_contiguous():
+    if columns == stride and _in_order(scales, stride, 1):
         return scales
     padded = scales.new_zeros(experts, rows, stride)
     padded[..., :columns] = scales
     return padded[..., :columns]
+
+
+def _in_order(tensor: Tensor, row: int, column: int) -> bool:
+    """Whether kernels find rows of that stride, and experts, where they look for them: in whole words.
+
+    `is_contiguous` would not do: it has no opinion on strides of dimensions of one element, nor on addresses.
+    """
+    strides = (tensor.shape[1] * row, row, column)
+    return tensor.stride() == strides and tensor.data_ptr() % 4 == 0
 
 
 # -- quantising dense weights ------------------------------------------------------------------------------
