@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qllm_ops.quantized import QUANTIZERS, QuantizedWeight
@@ -19,7 +22,8 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
 
     One projection of one layer at a time, so that little is in memory twice. From then on only `moe` computes
     the model: :func:`install` it, before or after this call. Biases, routers, shared experts and everything
-    outside of the experts stay as they are. The model cannot be saved: save the dense one.
+    outside of the experts stay as they are. The model cannot be saved, nor one that it is a part of: save the
+    dense one.
 
     Args:
         format: "fp8" (blocks of 128 x 128), "mxfp4", or "int4" (symmetric, groups of 128).
@@ -39,10 +43,20 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
         check_quantizable(type(module).__name__, layout)
         if any(isinstance(weight, QuantizedWeight) for weight in layout.weights(module)):
             raise ValueError(f"{name} is quantised already: {layout.weights(module)[1]}")
+    having = _models_with(module for _, module, _ in experts)
     for name, module, layout in experts:
         for leaf in (layout.first, "down_proj"):
             weight = quantize_stored(f"{name}.{leaf}", getattr(module, leaf), layout, format)
             hold(model, f"{name}.{leaf}", weight)
+            for other in having:
+                other.save_pretrained = refuse_to_save
+
+
+def _models_with(modules: Iterable[nn.Module]) -> list[PreTrainedModel]:
+    """Every model with one of these modules: no module knows where it is in, but Python's collector does."""
+    modules = set(modules)
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
+    return [model for model in models if not modules.isdisjoint(model.modules())]
 
 
 def hold(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> None:

@@ -194,6 +194,15 @@ def test_a_later_error_gives_back_what_was_adopted():
     assert not any(is_adopted(module) for module in adapted(model))
 
 
+def test_adapted_experts_of_a_shallow_copy_are_the_models():
+    model = make("llama4")
+    install(model)
+    assert uninstall(copy.copy(model))
+    assert all(map(is_adopted, adapted(model)))
+    assert uninstall(model)
+    assert not any(map(is_adopted, adapted(model)))
+
+
 def test_attention_experts_stay_as_they_are():
     model = make("jetmoe")
     assert all(type(module).__name__ == "JetMoeMoE" for module in adapted(model))

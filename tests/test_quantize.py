@@ -113,6 +113,17 @@ def test_only_ours_computes_them_and_nobody_saves_them(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", [lambda model: model.model, copy.copy], ids=["inner", "shallow copy"])
+def test_whoever_has_quantised_experts_is_not_saved(part, tmp_path):
+    model, other = make_preset("tiny"), make_preset("tiny")
+    quantize_experts(part(model), "int4")
+    install(model)
+    with pytest.raises(NotImplementedError, match="quantised cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    other.save_pretrained(tmp_path)
+
+
 def test_warming_up_knows_quantised_weights():
     model = make_preset("tiny")
     quantize_experts(model, "int4")
