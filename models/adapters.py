@@ -56,10 +56,15 @@ class Adapter:
     fuse: Callable[[nn.Module, Tensors], Tensors] | None = None
     split: Callable[[nn.Module], Tensors] | None = None
 
+    def activation_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        try:
+            return self.act_fn(module)
+        except AttributeError as error:
+            raise _replaced(module, error) from error
+
     def layout(self, module: nn.Module) -> ExpertsLayout:
         """Raises UnsupportedExpertsError for an activation that no kernel fuses and no method computes."""
-        own = getattr(module, "_apply_gate", None)
-        act_fn = self.act_fn(module)
+        own, act_fn = getattr(module, "_apply_gate", None), self.activation_of(module)
         gating = own or (_gating(act_fn) if self.gated else act_fn)
         activation, _ = find_activation(gating, module, self.gated)
         if activation is None and own is None:
@@ -78,6 +83,13 @@ class Adapter:
             weights_on_input=self.weights_on_input,
             stored=self.weights,
         )
+
+
+def _replaced(module: nn.Module, what: object) -> UnsupportedExpertsError:
+    """A part is not the class's own: one that peft has wrapped, say, whose additions would be left out."""
+    reason = f"a part of it was replaced: {what}"
+    name = type(module).__name__
+    return UnsupportedExpertsError(f"{name} is not supported by qllm-ops: {reason}", (reason,))
 
 
 def _gating(act_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -152,7 +164,10 @@ def give_back(module: nn.Module) -> None:
 
 def _fuse(module: nn.Module, adapter: Adapter) -> None:
     apart = dict(module.named_parameters())
-    fused = adapter.fuse(module, apart)
+    try:
+        fused = adapter.fuse(module, apart)
+    except KeyError as error:
+        raise _replaced(module, f"it has no {error}") from error
     grad = any(parameter.requires_grad for parameter in apart.values())
     for name in apart:
         owner, _, leaf = name.rpartition(".")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qllm_ops import QuantizedWeight
+from qllm_ops.modes import in_memory
 from qllm_ops.quantized import apart
 
 SCALES = "_scale_inv"
@@ -42,7 +43,7 @@ class QuantizedProjection(nn.Module):
 
     def _hold(self, weight: QuantizedWeight) -> None:
         self._weight: QuantizedWeight | None = weight
-        self._said = str(weight)
+        self._largest, self._said = weight.largest, str(weight)
         for name in PARTS:
             self.register_buffer(name, getattr(weight, name))
 
@@ -51,9 +52,10 @@ class QuantizedProjection(nn.Module):
         """What it holds. Described anew, which waits for the device, where the buffers are other ones."""
         known = self._weight
         if known is None or any(getattr(known, name) is not getattr(self, name) for name in PARTS):
-            known = QuantizedWeight(
-                self.values, self.scales, self.format, self.block, self.columns, self.zeros
-            )
+            parts = (self.values, self.scales, self.format, self.block, self.columns, self.zeros)
+            if not in_memory(self.values):  # torch.export, whose tensors have no numbers to be looked at
+                return QuantizedWeight.checked(*parts, self._largest)
+            known = QuantizedWeight(*parts)
             self._hold(known)
         return known
 
@@ -82,6 +84,8 @@ class QuantizedProjection(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._weight = None  # other numbers, perhaps in the same tensors
+        if in_memory(self.values):
+            self._hold(self.weight)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the weight takes the buffers along."""

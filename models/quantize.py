@@ -81,7 +81,7 @@ def check_format(argument: str, format: str) -> None:
 def check_quantizable(class_name: str, layout: ExpertsLayout) -> None:
     """Refuse a class whose weights are not its own gate_up_proj and down_proj."""
     if layout.stored:
-        reason = "its weights are fused by qllm-ops, and those are not quantised"
+        reason = "qllm-ops computes this class by an adapter of its own, with dense weights only"
         raise UnsupportedExpertsError(f"{class_name} cannot be quantised by qllm-ops: {reason}", (reason,))
 
 

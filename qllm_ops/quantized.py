@@ -114,7 +114,8 @@ class QuantizedWeight:
     ) -> QuantizedWeight:  # fmt: skip
         """Of what a QuantizedWeight had already: no number is checked, so no device is waited for."""
         weight = object.__new__(cls)
-        scales, zeros = _in_words(scales, zeros, block[1])  # whoever had them in between may have moved them
+        if in_memory(values):  # else nothing is where it will be
+            scales, zeros = _in_words(scales, zeros, block[1])
         attributes = {"values": values, "scales": scales, "format": format, "block": tuple(block)}
         attributes |= {"columns": columns, "zeros": zeros, "largest": largest}
         for name, value in attributes.items():

@@ -164,6 +164,33 @@ def test_an_activation_that_is_replaced_is_looked_at_again():
         install(model)
 
 
+class Wrapper(nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "said"),
+    [
+        ("llama4", "experts", "Llama4TextMoe: .* replaced: 'Wrapper' object has no attribute 'act_fn'"),
+        ("switch_transformers", "expert_1.wi", "Switch.* replaced: it has no 'expert_1.wi.weight'"),
+    ],
+)
+def test_a_part_that_is_wrapped_is_named(name, part, said):
+    """As peft does it: whatever the wrapper adds would be left out."""
+    model = make(name)
+    module = adapted(model)[-1]
+    module.set_submodule(part, Wrapper(module.get_submodule(part)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedExpertsError, match=said):
+        install(model)
+    same_state(model.state_dict(), before)
+
+
 def test_a_model_in_training_mode_is_compared_without_dropout_and_stays_in_it():
     model = make("switch_transformers").train()
     install(model)

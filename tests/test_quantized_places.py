@@ -157,6 +157,5 @@ def test_what_was_moved_or_loaded_is_described_anew():
     state = QuantizedProjection(large).state_dict()
     state["scales"][0, 0] = float("nan")
     projection = QuantizedProjection(large)
-    projection.load_state_dict(state)
     with pytest.raises(ValueError, match="scales must be positive and finite, got nan"):
-        assert projection.weight
+        projection.load_state_dict(state)
