@@ -5,14 +5,13 @@ in place, `give_back` undoes it. Some classes keep the weights of gate, up or ea
 fused when they are adopted, one module after the other, so that one layer at most is in memory twice. The
 fused tensors are then the module's parameters, so `model.to` moves them. The state dict keeps the names,
 shapes and values of the class: `state_dict`, `load_state_dict` and `save_pretrained` of an installed model
-are those of the model as it was (its fused layers are copied for that). A pickle of one is not: `uninstall`
-it first.
+are those of the model as it was (its fused layers are copied for that).
 """
 
 from __future__ import annotations
 
 import contextlib
-import types
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +128,7 @@ def adopt(module: nn.Module) -> bool:
         wanted = _first(module(*example))
     if adapter.fuse is not None:
         _fuse(module, adapter)
-    module.forward = types.MethodType(adapter.forward, module)
+    module.forward = functools.partial(adapter.forward, module)  # unlike a method of it, it can be pickled
     with _in_eval_mode(module), preemptible(None):
         got = _first(module(*example))
     # Loose, because of 16 bits, and because a GPU may be set to compute float32 products in TF32.

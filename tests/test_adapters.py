@@ -1,11 +1,12 @@
 """Experts that transformers does not dispatch: their own numbers, and a model given back as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from conformity import Row, output_of, tiny_model
-from tiny_models import defaults_of
+from tiny_models import defaults_of, needs_pickle
 from torch import nn
 
 from qllm_ops import PriorityFlag
@@ -94,6 +95,24 @@ def test_save_load_and_copy_an_installed_model(name, tmp_path):
     assert uninstall(twin)
     same_state(twin.state_dict(), saved.state_dict())
     assert not any(is_adopted(module) for module in adapted(twin))
+
+
+@needs_pickle
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_pickle_of_an_installed_model_is_one_too(name):
+    model = make(name)
+    before = copy.deepcopy(model.state_dict())
+    install(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert all(map(is_adopted, adapted(again)))
+    same_state(again.state_dict(), before)
+    assert torch.equal(output_of(again), output_of(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # of which the other has none
+    assert uninstall(again)
+    assert not any(map(is_adopted, adapted(again)))
+    same_state(again.state_dict(), before)
 
 
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
