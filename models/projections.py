@@ -119,6 +119,11 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | QuantizedWeight:
         return held.weight
     if not isinstance(held, Tensor) or held.dtype.itemsize > 1 or not hasattr(module, name + SCALES):
         return held
+    if not in_memory(held):
+        raise ValueError(
+            f"{name} must be in memory, got a {'meta' if held.is_meta else 'fake'} tensor; where this is an "
+            "export: FP8Experts of transformers cannot be exported, a model of qllm_ops.models.load can"
+        )
     scales = getattr(module, name + SCALES)
     known = _described.setdefault(module, {})
     weight = known.get(name)

@@ -41,6 +41,13 @@ def quantize_experts(model: PreTrainedModel, format: str) -> None:
     experts = find_experts(model)
     for name, module, layout in experts:
         check_quantizable(type(module).__name__, layout)
+        wrapper, _, leaf = name.rpartition(".")
+        if leaf == "base_layer":  # of peft, which adds to weights that it could not find any more
+            raise UnsupportedExpertsError(
+                f"{name} is wrapped by a {type(model.get_submodule(wrapper)).__name__}, which adds to dense "
+                "weights; merge what it adds (peft: merge_and_unload) before they are quantised",
+                ("its weights are added to by a wrapper",),
+            )
         if any(isinstance(weight, QuantizedWeight) for weight in layout.weights(module)):
             raise ValueError(f"{name} is quantised already: {layout.weights(module)[1]}")
     having = _models_with(module for _, module, _ in experts)

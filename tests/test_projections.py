@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantized_models import assert_same_logits, experts_of, gpt_oss, logits, qwen3
+from quantized_models import IDS, assert_same_logits, experts_of, gpt_oss, logits, qwen3
 from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
 from transformers.utils.quantization_config import FineGrainedFP8Config
@@ -71,6 +71,15 @@ def test_fp8_experts_of_four_bits():
     module.down_proj.data = module.down_proj.data.clone()
     with pytest.raises(TypeError, match=r"scales must be float8_e8m0fnu .*, got torch.float32"):
         logits(quantised)
+
+
+def test_fp8_experts_of_transformers_are_no_part_of_an_exported_program():
+    quantised, _ = with_fp8_experts(qwen3())
+    install(quantised)
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj must be in memory, got a fake tensor.*models.load can"
+    ):
+        torch.export.export(quantised, (IDS,), {"use_cache": False}, strict=False)
 
 
 def test_moved_fp8_experts_are_described_anew():
