@@ -105,7 +105,8 @@ class QuantizedProjection(nn.Module):
             raise AttributeError(f"{error}; {INSTALL}") from None
 
 
-_described: weakref.WeakKeyDictionary[nn.Module, dict[str, QuantizedWeight]] = weakref.WeakKeyDictionary()
+_described: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple]] = weakref.WeakKeyDictionary()
+"""Of `FP8Experts`: their weights by name, and the state of the tensors that each was made of."""
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor | QuantizedWeight:
@@ -125,12 +126,18 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | QuantizedWeight:
             "export: FP8Experts of transformers cannot be exported, a model of qllm_ops.models.load can"
         )
     scales = getattr(module, name + SCALES)
-    known = _described.setdefault(module, {})
-    weight = known.get(name)
-    # A parameter keeps its identity when the model moves; its memory does not.
-    if weight is None or weight.values.data_ptr() != held.data_ptr() or weight.device != held.device:
-        weight = known[name] = _of_fp8_experts(held.detach(), scales.detach(), module.block_size)
+    described, tensors = _described.setdefault(module, {}), (held.detach(), scales.detach())
+    state = tuple(map(_state_of, tensors))
+    known, weight = described.get(name, (None, None))
+    if known != state:  # of the weight, scales may be a copy, and what is said of them is
+        weight = _of_fp8_experts(*tensors, module.block_size)
+        described[name] = state, weight
     return weight
+
+
+def _state_of(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """A parameter keeps its identity when its memory does not, and its memory when its numbers do not."""
+    return tensor.device, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def one_block(rows: int, columns: int) -> tuple[int, int]:
