@@ -81,8 +81,12 @@ class QuantizedProjection(nn.Module):
         if zeros is not None:
             destination[prefix + "zeros"] = zeros
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in PARTS:  # which `copy_` would convert: exponents from scales, say
+            given, own = state.get(prefix + name), getattr(self, name)
+            if isinstance(given, Tensor) and own is not None and given.dtype != own.dtype:
+                raise TypeError(f"{prefix}{name} must be {own.dtype} in {self._said}, got {given.dtype}")
+        super()._load_from_state_dict(state, prefix, *args)
         self._weight = None  # other numbers, perhaps in the same tensors
         if in_memory(self.values):
             self._hold(self.weight)

@@ -77,7 +77,10 @@ def hold(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> None:
 
 def refuse_to_save(*args: object, **kwargs: object) -> None:
     """What `save_pretrained` of a model with quantised experts is: nobody could load what it would write."""
-    raise NotImplementedError("a model with experts that qllm-ops holds quantised cannot be saved")
+    raise NotImplementedError(
+        "a model with experts that qllm-ops holds quantised cannot be saved; its state_dict can be, for a "
+        "model that is quantised alike"
+    )
 
 
 def check_format(argument: str, format: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 import qllm_ops
-from qllm_ops import QuantizedWeight, quantize_int4
+from qllm_ops import QuantizedWeight, quantize_int4, quantize_mxfp4
 from qllm_ops.models.projections import QuantizedProjection
 from qllm_ops.testing import QUANTIZED, quantize
 
@@ -159,3 +159,15 @@ def test_what_was_moved_or_loaded_is_described_anew():
     projection = QuantizedProjection(large)
     with pytest.raises(ValueError, match="scales must be positive and finite, got nan"):
         projection.load_state_dict(state)
+
+
+def test_weights_of_another_format_are_not_loaded():
+    """Of the same shapes, in groups of 32."""
+    dense = torch.randn(2, 8, 64)
+    int4, mxfp4 = QuantizedProjection(quantize_int4(dense, 32)), QuantizedProjection(quantize_mxfp4(dense))
+    before = mxfp4.weight.dequantize()
+    with pytest.raises(
+        TypeError, match=r"scales must be torch.uint8 in mxfp4 \(2, 8, 64\).*got torch.bfloat16"
+    ):
+        mxfp4.load_state_dict(int4.state_dict())
+    assert torch.equal(mxfp4.weight.dequantize(), before)
