@@ -130,11 +130,10 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | QuantizedWeight:
             "export: FP8Experts of transformers cannot be exported, a model of qllm_ops.models.load can"
         )
     scales = getattr(module, name + SCALES)
-    described, tensors = _described.setdefault(module, {}), (held.detach(), scales.detach())
-    state = tuple(map(_state_of, tensors))
+    described, state = _described.setdefault(module, {}), (_state_of(held), _state_of(scales))
     known, weight = described.get(name, (None, None))
     if known != state:  # of the weight, scales may be a copy, and what is said of them is
-        weight = _of_fp8_experts(*tensors, module.block_size)
+        weight = _of_fp8_experts(held.detach(), scales.detach(), module.block_size)
         described[name] = state, weight
     return weight
 
