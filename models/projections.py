@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qllm_ops import QuantizedWeight
 from qllm_ops.modes import in_memory
-from qllm_ops.quantized import apart
+from qllm_ops.words import apart
 
 SCALES = "_scale_inv"
 """What transformers adds to the name of an FP8 weight for that of its scales."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qllm_ops.modes import in_memory, plain
+from qllm_ops.words import apart, are_beside, in_words
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of four-bit floating point: a bit of sign, two of exponent, one of mantissa."""
@@ -101,7 +102,7 @@ class QuantizedWeight:
         self._check_values()
         self._check_scales()
         self._check_zeros()
-        scales, zeros = _in_words(self.scales, self.zeros, self.block[1])
+        scales, zeros = in_words(self.scales, self.zeros, self.block[1])
         object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "zeros", zeros)
         largest_scale = self._wide_scales(self.scales).max().item()
@@ -115,7 +116,7 @@ class QuantizedWeight:
         """Of what a QuantizedWeight had already: no number is checked, so no device is waited for."""
         weight = object.__new__(cls)
         if in_memory(values):  # else nothing is where it will be
-            scales, zeros = _in_words(scales, zeros, block[1])
+            scales, zeros = in_words(scales, zeros, block[1])
         attributes = {"values": values, "scales": scales, "format": format, "block": tuple(block)}
         attributes |= {"columns": columns, "zeros": zeros, "largest": largest}
         for name, value in attributes.items():
@@ -246,7 +247,7 @@ class QuantizedWeight:
     @functools.cached_property
     def zero_words(self) -> Tensor | None:
         """Where kernels find the zero points: ``zeros``, or ``scales`` where they share words with these."""
-        return self.scales if _are_beside(self.scales, self.zeros) else self.zeros
+        return self.scales if are_beside(self.scales, self.zeros) else self.zeros
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device. It has no dtype: it is widened to that of hidden_states."""
@@ -466,70 +467,6 @@ def _awq_by_outputs(words: Tensor) -> Tensor:
 def _zeros_or_none(zeros: Tensor) -> Tensor | None:
     """None for a symmetric weight, which is stored with zero points in these formats as well."""
     return None if (zeros == 8).all() else zeros
-
-
-def _in_words(scales: Tensor, zeros: Tensor | None, group: int) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points as kernels read them: in words of 4 bytes, the least that they load ahead."""
-    if zeros is None:
-        return _with_whole_words(scales), None
-    if not zeros_lie_beside(group, scales.dtype):
-        return _with_whole_words(scales), _with_whole_words(zeros)
-    if _are_beside(scales, zeros):
-        return scales, zeros
-    words = scales.new_zeros(*scales.shape, 2)
-    words[..., 0] = scales
-    beside = words.view(torch.uint8)[..., 2]
-    beside.copy_(zeros)
-    return words[..., 0], beside
-
-
-def zeros_lie_beside(group: int, scales: torch.dtype) -> bool:
-    """Whether a zero point shares a word with its scale, two bytes further.
-
-    Where a tile has one group of a row, kernels would have to choose another byte of a word at each turn, for
-    which they take the weights through shared memory. In shorter groups a word each is too much memory.
-    """
-    return group >= 128 and scales.itemsize == 2
-
-
-def apart(scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """For files, which take no memory of two dtypes, and safetensors none between rows."""
-    if zeros is None:
-        return scales.contiguous(), None
-    # `contiguous` would leave a single element where it is.
-    scales, zeros = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (scales, zeros))
-    return scales, zeros
-
-
-def _are_beside(scales: Tensor, zeros: Tensor | None) -> bool:
-    if zeros is None or scales.itemsize != 2 or not _in_order(scales, 2 * scales.shape[2], 2):
-        return False
-    doubled = tuple(2 * stride for stride in scales.stride())
-    return zeros.stride() == doubled and zeros.data_ptr() == scales.data_ptr() + 2
-
-
-def _with_whole_words(scales: Tensor) -> Tensor:
-    """The scales, with rows that begin at multiples of 4 bytes.
-
-    What lies between rows is read, and multiplied by zero: it must be numbers, so it is never the caller's.
-    """
-    experts, rows, columns = scales.shape
-    in_word = 4 // scales.itemsize
-    stride = -(-columns // in_word) * in_word
-    if columns == stride and _in_order(scales, stride, 1):
-        return scales
-    padded = scales.new_zeros(experts, rows, stride)
-    padded[..., :columns] = scales
-    return padded[..., :columns]
-
-
-def _in_order(tensor: Tensor, row: int, column: int) -> bool:
-    """Whether kernels find rows of that stride, and experts, where they look for them: in whole words.
-
-    `is_contiguous` would not do: it has no opinion on strides of dimensions of one element, nor on addresses.
-    """
-    strides = (tensor.shape[1] * row, row, column)
-    return tensor.stride() == strides and tensor.data_ptr() % 4 == 0
 
 
 # -- quantising dense weights ------------------------------------------------------------------------------

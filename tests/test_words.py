@@ -1,4 +1,4 @@
-"""Where the tensors of a quantised weight lie: kernels find them, whatever came and wherever it goes."""
+"""Where scales and zero points lie: kernels find them, whatever came and wherever it goes."""
 
 import copy
 import io
