@@ -5,14 +5,13 @@ in place, `give_back` undoes it. Some classes keep the weights of gate, up or ea
 fused when they are adopted, one module after the other, so that one layer at most is in memory twice. The
 fused tensors are then the module's parameters, so `model.to` moves them. The state dict keeps the names,
 shapes and values of the class: `state_dict`, `load_state_dict` and `save_pretrained` of an installed model
-are those of the model as it was (its fused layers are copied for that). A pickle of one is not: `uninstall`
-it first.
+are those of the model as it was (its fused layers are copied for that).
 """
 
 from __future__ import annotations
 
 import contextlib
-import types
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +55,15 @@ class Adapter:
     fuse: Callable[[nn.Module, Tensors], Tensors] | None = None
     split: Callable[[nn.Module], Tensors] | None = None
 
+    def activation_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        try:
+            return self.act_fn(module)
+        except AttributeError as error:
+            raise _replaced(module, error) from error
+
     def layout(self, module: nn.Module) -> ExpertsLayout:
         """Raises UnsupportedExpertsError for an activation that no kernel fuses and no method computes."""
-        own = getattr(module, "_apply_gate", None)
-        act_fn = self.act_fn(module)
+        own, act_fn = getattr(module, "_apply_gate", None), self.activation_of(module)
         gating = own or (_gating(act_fn) if self.gated else act_fn)
         activation, _ = find_activation(gating, module, self.gated)
         if activation is None and own is None:
@@ -78,6 +82,13 @@ class Adapter:
             weights_on_input=self.weights_on_input,
             stored=self.weights,
         )
+
+
+def _replaced(module: nn.Module, what: object) -> UnsupportedExpertsError:
+    """A part is not the class's own: one that peft has wrapped, say, whose additions would be left out."""
+    reason = f"a part of it was replaced: {what}"
+    name = type(module).__name__
+    return UnsupportedExpertsError(f"{name} is not supported by qllm-ops: {reason}", (reason,))
 
 
 def _gating(act_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -117,7 +128,7 @@ def adopt(module: nn.Module) -> bool:
         wanted = _first(module(*example))
     if adapter.fuse is not None:
         _fuse(module, adapter)
-    module.forward = types.MethodType(adapter.forward, module)
+    module.forward = functools.partial(adapter.forward, module)  # unlike a method of it, it can be pickled
     with _in_eval_mode(module), preemptible(None):
         got = _first(module(*example))
     # Loose, because of 16 bits, and because a GPU may be set to compute float32 products in TF32.
@@ -152,7 +163,10 @@ def give_back(module: nn.Module) -> None:
 
 def _fuse(module: nn.Module, adapter: Adapter) -> None:
     apart = dict(module.named_parameters())
-    fused = adapter.fuse(module, apart)
+    try:
+        fused = adapter.fuse(module, apart)
+    except KeyError as error:
+        raise _replaced(module, f"it has no {error}") from error
     grad = any(parameter.requires_grad for parameter in apart.values())
     for name in apart:
         owner, _, leaf = name.rpartition(".")

@@ -30,6 +30,11 @@ class Choice:
         """Whether the model's choice has been changed."""
         return self._kept in vars(model)
 
+    def others(self, model: nn.Module) -> list[nn.Module]:
+        """The models beside this one whose choice has been changed."""
+        with self._lock:
+            return [other for other in self._models if other is not model]
+
     def read(self, model: nn.Module) -> list[tuple[object, str | None]]:
         """Every config in the model, and what it names now."""
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}

@@ -394,7 +394,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout:
         UnsupportedExpertsError: names the class and everything about it that is not supported.
     """
     layout, adapter = _layouts.get(module), ADAPTED.get(type(module).__name__)
-    act_fn = adapter.act_fn(module) if adapter else getattr(module, "act_fn", None)
+    act_fn = adapter.activation_of(module) if adapter else getattr(module, "act_fn", None)
     if layout is not None and layout.act_fn is act_fn:
         return layout
     if adapter:
@@ -440,6 +440,8 @@ def _declared_differences(module: nn.Module, layout: ExpertsLayout) -> list[str]
     unknown = sorted(name for name in tensors.keys() - known if not name.startswith(parts))
     if unknown:
         reasons.append(f"tensors that would be ignored: {', '.join(unknown)}")
+    if any(name.startswith("parametrizations.") for name in unknown):  # peft: in the body of its forward
+        reasons.append("call install before the first forward pass of a model whose experts are adapted")
     for name in projections:
         try:
             weight = stored_weight(module, name) if hasattr(module, name) else None

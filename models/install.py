@@ -181,17 +181,23 @@ def _note(model: PreTrainedModel, modules: tuple[InstalledExperts, ...]) -> str:
 def uninstall(model: PreTrainedModel) -> bool:
     """Give ``model`` back the experts implementation it had; False if nothing was installed.
 
-    A config that another installed model shares is left as it is until that one is uninstalled too.
-    RuntimeError while an engine serves the model, whose work nothing could pause any more.
+    What another installed model shares, a config or experts, is left as it is until that one is uninstalled
+    too: so a shallow copy, which has nothing of its own, leaves the model itself installed.
+
+    Raises:
+        TypeError: ``model`` is none of transformers.
+        RuntimeError: an engine serves the model, whose work nothing could pause any more.
     """
     check_model(model)
     check_not_served(model, "uninstalled")
     if model not in EXPERTS:
         return False
+    needed = {module for other in EXPERTS.others(model) for module in other.modules()}
     for module in model.modules():
-        SETTINGS.pop(module, None)
-        give_back(module)
-    restore(model)
+        if module not in needed:
+            SETTINGS.pop(module, None)
+            give_back(module)
+    restore(model, except_in=needed)
     EXPERTS.put_back(model)
     return True
 
@@ -234,8 +240,9 @@ def check_model(model: object) -> None:
 
 
 def check_not_served(model: PreTrainedModel, what: str) -> None:
-    """Raises RuntimeError in the body of :func:`installed`."""
-    if model in SERVED:
+    """Raises RuntimeError in the body of :func:`installed`, of any model with experts of this one."""
+    experts = {module for module in model.modules() if module in SETTINGS}
+    if any(not experts.isdisjoint(served.modules()) for served in list(SERVED)):
         raise RuntimeError(
             f"{type(model).__name__} cannot be {what} while an engine serves it; close the engine first"
         )

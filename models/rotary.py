@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -110,9 +110,9 @@ def isolate(model: nn.Module) -> list[str]:
     return names
 
 
-def restore(model: nn.Module) -> None:
-    """Undo `isolate`."""
+def restore(model: nn.Module, except_in: Container[nn.Module] = ()) -> None:
+    """Undo `isolate`, but in the modules of ``except_in``."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, OwnPositions):
+            if isinstance(child, OwnPositions) and parent not in except_in:
                 parent._modules[name] = child.rotary

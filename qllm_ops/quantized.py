@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qllm_ops.modes import in_memory, plain
+from qllm_ops.words import apart, are_beside, in_words
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of four-bit floating point: a bit of sign, two of exponent, one of mantissa."""
@@ -63,12 +64,14 @@ class QuantizedWeight:
     """The weights of E experts, (E, N, K), as `moe` multiplies by them: value times scale.
 
     Checked when it is made, every value included, so that no call has to: that waits for the device once.
+    `torch.save` and `torch.load` take it, with weights_only=True as well where qllm_ops is imported; what is
+    loaded is checked again.
 
     Attributes:
         values: (E, N, K) float8_e4m3fn, or (E, N, ceil(K / 2)) uint8 with two numbers a byte.
         scales: (E, ceil(N / block[0]), ceil(K / block[1])), positive and finite. float32 for "fp8"; bfloat16,
             float16 or float32 for "int4"; uint8 exponents n for "mxfp4", standing for 2 ** (n - 127). A copy
-            of what was given, if it takes one for kernels to read them in words of 4 bytes.
+            of what was given, if it takes one for kernels to read them in words of 4 bytes, row after row.
         format: "fp8", "mxfp4" or "int4".
         block: rows and columns that share a scale; the last of either may be shorter. Columns are a power of
             two, at least 16. One row except in "fp8"; 32 columns in "mxfp4".
@@ -99,7 +102,7 @@ class QuantizedWeight:
         self._check_values()
         self._check_scales()
         self._check_zeros()
-        scales, zeros = _in_words(self.scales, self.zeros, self.block[1])
+        scales, zeros = in_words(self.scales, self.zeros, self.block[1])
         object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "zeros", zeros)
         largest_scale = self._wide_scales(self.scales).max().item()
@@ -110,8 +113,10 @@ class QuantizedWeight:
         cls, values: Tensor, scales: Tensor, format: str, block: Sequence[int], columns: int,
         zeros: Tensor | None, largest: float,
     ) -> QuantizedWeight:  # fmt: skip
-        """Of what a QuantizedWeight had already: nothing is checked, so no device is waited for."""
+        """Of what a QuantizedWeight had already: no number is checked, so no device is waited for."""
         weight = object.__new__(cls)
+        if in_memory(values):  # else nothing is where it will be
+            scales, zeros = in_words(scales, zeros, block[1])
         attributes = {"values": values, "scales": scales, "format": format, "block": tuple(block)}
         attributes |= {"columns": columns, "zeros": zeros, "largest": largest}
         for name, value in attributes.items():
@@ -242,7 +247,7 @@ class QuantizedWeight:
     @functools.cached_property
     def zero_words(self) -> Tensor | None:
         """Where kernels find the zero points: ``zeros``, or ``scales`` where they share words with these."""
-        return self.scales if _are_beside(self.scales, self.zeros) else self.zeros
+        return self.scales if are_beside(self.scales, self.zeros) else self.zeros
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on another device. It has no dtype: it is widened to that of hidden_states."""
@@ -252,6 +257,12 @@ class QuantizedWeight:
         return QuantizedWeight(
             self.values.to(device), self.scales.to(device), self.format, self.block, self.columns, zeros
         )
+
+    def __reduce__(self) -> tuple:
+        """For copy, pickle and `torch.load` alike: checked as any other."""
+        scales, zeros = apart(self.scales, self.zeros)
+        parts = (self.values, scales, self.format, self.block, self.columns, zeros)
+        return _rebuild, parts
 
     def __repr__(self) -> str:
         return f"<QuantizedWeight {self}>"  # and no numbers, which would have to be waited for
@@ -348,6 +359,14 @@ class QuantizedWeight:
             raise ValueError(f"zeros are on {self.zeros.device}, but values on {self.values.device}")
         if (self.zeros > 15).any():
             raise ValueError(f"zeros must be 0 to 15, got {self.zeros.max().item()}")
+
+
+def _rebuild(*parts: object) -> QuantizedWeight:
+    """What a pickle of a weight names. A function, so that the constructor cannot be passed by."""
+    return QuantizedWeight(*parts)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # for torch.load(..., weights_only=True)
 
 
 def _check_block(format: str, block: tuple[int, int]) -> None:
@@ -448,52 +467,6 @@ def _awq_by_outputs(words: Tensor) -> Tensor:
 def _zeros_or_none(zeros: Tensor) -> Tensor | None:
     """None for a symmetric weight, which is stored with zero points in these formats as well."""
     return None if (zeros == 8).all() else zeros
-
-
-def _in_words(scales: Tensor, zeros: Tensor | None, group: int) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points as kernels read them: in words of 4 bytes, the least that they load ahead."""
-    if zeros is None:
-        return _with_whole_words(scales), None
-    if not zeros_lie_beside(group, scales.dtype):
-        return _with_whole_words(scales), _with_whole_words(zeros)
-    if _are_beside(scales, zeros):
-        return scales, zeros
-    words = scales.new_zeros(*scales.shape, 2)
-    words[..., 0] = scales
-    beside = words.view(torch.uint8)[..., 2]
-    beside.copy_(zeros)
-    return words[..., 0], beside
-
-
-def zeros_lie_beside(group: int, scales: torch.dtype) -> bool:
-    """Whether a zero point shares a word with its scale, two bytes further.
-
-    Where a tile has one group of a row, kernels would have to choose another byte of a word at each turn, for
-    which they take the weights through shared memory. In shorter groups a word each is too much memory.
-    """
-    return group >= 128 and scales.itemsize == 2
-
-
-def _are_beside(scales: Tensor, zeros: Tensor | None) -> bool:
-    if zeros is None or scales.itemsize != 2 or scales.stride(2) != 2:
-        return False
-    doubled = tuple(2 * stride for stride in scales.stride())
-    return zeros.stride() == doubled and zeros.data_ptr() == scales.data_ptr() + 2
-
-
-def _with_whole_words(scales: Tensor) -> Tensor:
-    """The scales, with rows that begin at multiples of 4 bytes.
-
-    What lies between rows is read, and multiplied by zero: it must be numbers, so it is never the caller's.
-    """
-    experts, rows, columns = scales.shape
-    in_word = 4 // scales.itemsize
-    stride = -(-columns // in_word) * in_word
-    if columns == stride and scales.is_contiguous():
-        return scales
-    padded = scales.new_zeros(experts, rows, stride)
-    padded[..., :columns] = scales
-    return padded[..., :columns]
 
 
 # -- quantising dense weights ------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm_ops.kernels import moe
-from qllm_ops.quantized import zeros_lie_beside
 from qllm_ops.tiles import TileConfig, compile_options
+from qllm_ops.words import zeros_lie_beside
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,11 +1,12 @@
 """Experts that transformers does not dispatch: their own numbers, and a model given back as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from conformity import Row, output_of, tiny_model
-from tiny_models import defaults_of
+from tiny_models import defaults_of, needs_pickle
 from torch import nn
 
 from qllm_ops import PriorityFlag
@@ -96,6 +97,24 @@ def test_save_load_and_copy_an_installed_model(name, tmp_path):
     assert not any(is_adopted(module) for module in adapted(twin))
 
 
+@needs_pickle
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_pickle_of_an_installed_model_is_one_too(name):
+    model = make(name)
+    before = copy.deepcopy(model.state_dict())
+    install(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert all(map(is_adopted, adapted(again)))
+    same_state(again.state_dict(), before)
+    assert torch.equal(output_of(again), output_of(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # of which the other has none
+    assert uninstall(again)
+    assert not any(map(is_adopted, adapted(again)))
+    same_state(again.state_dict(), before)
+
+
 @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dbrx", "longcat_flash", "step3p7"])
 @torch.no_grad()
@@ -164,6 +183,33 @@ def test_an_activation_that_is_replaced_is_looked_at_again():
         install(model)
 
 
+class Wrapper(nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "said"),
+    [
+        ("llama4", "experts", "Llama4TextMoe: .* replaced: 'Wrapper' object has no attribute 'act_fn'"),
+        ("switch_transformers", "expert_1.wi", "Switch.* replaced: it has no 'expert_1.wi.weight'"),
+    ],
+)
+def test_a_part_that_is_wrapped_is_named(name, part, said):
+    """As peft does it: whatever the wrapper adds would be left out."""
+    model = make(name)
+    module = adapted(model)[-1]
+    module.set_submodule(part, Wrapper(module.get_submodule(part)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UnsupportedExpertsError, match=said):
+        install(model)
+    same_state(model.state_dict(), before)
+
+
 def test_a_model_in_training_mode_is_compared_without_dropout_and_stays_in_it():
     model = make("switch_transformers").train()
     install(model)
@@ -192,6 +238,15 @@ def test_a_later_error_gives_back_what_was_adopted():
         install(model, backend="abacus")
     same_state(model.state_dict(), before)
     assert not any(is_adopted(module) for module in adapted(model))
+
+
+def test_adapted_experts_of_a_shallow_copy_are_the_models():
+    model = make("llama4")
+    install(model)
+    assert uninstall(copy.copy(model))
+    assert all(map(is_adopted, adapted(model)))
+    assert uninstall(model)
+    assert not any(map(is_adopted, adapted(model)))
 
 
 def test_attention_experts_stay_as_they_are():

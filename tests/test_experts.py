@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from quantized_models import dense_model
 from tiny_models import OTHER_LAYOUTS, defaults_of
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
@@ -15,7 +16,10 @@ from transformers.integrations.moe import ExpertsInterface, use_experts_implemen
 from qllm_ops import Activation, PriorityFlag
 from qllm_ops.models import UnsupportedExpertsError, install
 from qllm_ops.models.experts import experts_forward, experts_layout
+from qllm_ops.models.install import find_experts
 from qllm_ops.models.presets import make_preset
+from qllm_ops.models.quantize import hold
+from qllm_ops.testing import quantize
 
 
 class Experts(nn.Module):
@@ -247,6 +251,29 @@ def test_importing_registers_one_function():
     assert FP8ExpertsInterface()["qllm"] is experts_forward
 
 
+def test_experts_whose_weights_are_computed():
+    """As peft adapts those of Mixtral: they are parametrised while a forward pass runs, and no longer."""
+
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    index, weights = torch.arange(14).view(7, 2) % 4, torch.rand(7, 2)
+    hidden_states, experts = torch.randn(7, 5), variant()
+    known, wanted = variant(), variant()
+    experts_layout(known)
+    for each in (experts, known, wanted):
+        each.load_state_dict(experts.state_dict())
+    wanted.down_proj.data *= 2
+    for each in (experts, known):
+        parametrize.register_parametrization(each, "down_proj", Twice())
+    with torch.no_grad():
+        output = experts_forward(wanted, hidden_states, index, weights)
+        assert torch.equal(experts_forward(known, hidden_states, index, weights), output)
+        with pytest.raises(UnsupportedExpertsError, match=r"ignored: parametrizations.*call install before"):
+            experts_forward(experts, hidden_states, index, weights)
+
+
 class Logits(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -254,6 +281,23 @@ class Logits(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["mxfp4", "int4_asymmetric_128"])
+@pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
+def test_an_exported_model_has_quantised_weights_with_it(format, tmp_path):
+    """As they lie in memory: where rows are whole words, and zero points beside their scales."""
+    model, ids = make_preset("tiny"), torch.arange(6)[None]
+    for name, module, _ in find_experts(model):
+        for leaf in ("gate_up_proj", "down_proj"):
+            hold(model, f"{name}.{leaf}", quantize(getattr(module, leaf), format))
+    install(model)
+    wanted = Logits(model)(ids)
+    program = torch.export.export(Logits(model), (ids,), strict=False)
+    assert torch.equal(program.module()(ids), wanted)
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(ids), wanted)
 
 
 @torch.no_grad()

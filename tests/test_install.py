@@ -235,33 +235,6 @@ def test_install_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_uninstall_restores(implementation):
-    model = make_preset("tiny")
-    model.set_experts_implementation(implementation)
-    before = logits(model)
-    assert not uninstall(model)
-    install(model)
-    install(model, PriorityFlag(), 1)
-    assert model.config._experts_implementation == "qllm"
-    assert uninstall(model)
-    assert model.config._experts_implementation == implementation
-    assert torch.equal(logits(model), before)
-    assert not uninstall(model)
-
-
-def test_models_that_share_a_config():
-    first = make_preset("tiny")
-    second = type(first)(first.config)
-    before = first.config._experts_implementation
-    install(first)
-    install(second)
-    uninstall(first)
-    assert second.config._experts_implementation == "qllm"
-    uninstall(second)
-    assert second.config._experts_implementation == before
-
-
 def test_a_copy_keeps_the_experts_and_not_the_flag():
     model, flag = make_preset("tiny"), PriorityFlag()
     install(model, flag)

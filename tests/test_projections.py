@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantized_models import assert_same_logits, experts_of, gpt_oss, logits, qwen3
+from quantized_models import IDS, assert_same_logits, experts_of, gpt_oss, logits, qwen3
 from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Quantize, replace_with_fp8_linear
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from qllm_ops import QuantizedWeight, moe, quantize_mxfp4
 from qllm_ops.models import UnsupportedExpertsError, install, make_preset, uninstall
+from qllm_ops.models.experts import experts_layout
 from qllm_ops.models.install import installed
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "gate"]
@@ -73,6 +74,15 @@ def test_fp8_experts_of_four_bits():
         logits(quantised)
 
 
+def test_fp8_experts_of_transformers_are_no_part_of_an_exported_program():
+    quantised, _ = with_fp8_experts(qwen3())
+    install(quantised)
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj must be in memory, got a fake tensor.*models.load can"
+    ):
+        torch.export.export(quantised, (IDS,), {"use_cache": False}, strict=False)
+
+
 def test_moved_fp8_experts_are_described_anew():
     quantised, _ = with_fp8_experts(qwen3())
     install(quantised)
@@ -85,6 +95,26 @@ def test_moved_fp8_experts_are_described_anew():
     assert torch.equal(logits(quantised), wanted)
     stale.data = torch.zeros_like(stale.data)
     assert not torch.equal(logits(quantised), wanted)
+
+
+@pytest.mark.parametrize("scale_fmt", ["ue8m0", "float"])
+def test_fp8_experts_that_were_loaded_into_are_described_anew(scale_fmt):
+    """Scales of 8 bits are widened to a copy, and of any the largest is known."""
+    first, dense = qwen3(), qwen3()
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            parameter *= 16 if "experts" in name else 1
+    (quantised, _), (other, _) = (with_fp8_experts(model, scale_fmt=scale_fmt) for model in (first, dense))
+    install(quantised)
+    install(other)
+    before, wanted = logits(quantised), logits(other)
+    quantised.load_state_dict(other.state_dict())
+    assert torch.equal(logits(quantised), wanted)
+    assert not torch.equal(before, wanted)
+    of = {name: experts_layout(module).weights(module) for name, module in experts_of(quantised).items()}
+    for name, module in experts_of(other).items():
+        for got, expected in zip(of[name], experts_layout(module).weights(module), strict=True):
+            assert got.largest == expected.largest
 
 
 def test_fp8_experts_with_a_clamp():

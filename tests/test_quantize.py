@@ -6,6 +6,7 @@ import pytest
 import torch
 from quantized_models import assert_same_logits, dense_model, logits, projections_of
 from tiny_models import tiny_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qllm_ops.models import UnsupportedExpertsError, install, load, make_preset, quantize_experts, warming_up
@@ -113,6 +114,17 @@ def test_only_ours_computes_them_and_nobody_saves_them(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", [lambda model: model.model, copy.copy], ids=["inner", "shallow copy"])
+def test_whoever_has_quantised_experts_is_not_saved(part, tmp_path):
+    model, other = make_preset("tiny"), make_preset("tiny")
+    quantize_experts(part(model), "int4")
+    install(model)
+    with pytest.raises(NotImplementedError, match="quantised cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    other.save_pretrained(tmp_path)
+
+
 def test_warming_up_knows_quantised_weights():
     model = make_preset("tiny")
     quantize_experts(model, "int4")
@@ -141,6 +153,18 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     for call in (lambda: load(tmp_path, quantize="int4"), lambda: quantize_experts(model, "int4")):
         with pytest.raises(ValueError, match=f"{name}: weight must be finite.* in expert 2"):
             call()
+
+
+def test_what_a_wrapper_adds_to_weights_is_not_lost():
+    """As peft wraps the experts that it adapts."""
+    model = make_preset("tiny")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleDict({"base_layer": layer.mlp.experts})
+    with pytest.raises(
+        UnsupportedExpertsError, match=r"experts.base_layer is wrapped by a ModuleDict.*merge"
+    ):
+        quantize_experts(model, "int4")
+    assert not projections_of(model)
 
 
 def test_experts_that_were_fused_are_refused_and_stay():

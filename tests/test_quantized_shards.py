@@ -125,7 +125,7 @@ STORED = {
     "int4, gptq": (qwen3, in_gptq),
     "int4, gptq, zero points": (mixtral, functools.partial(in_gptq, group=32, symmetric=False)),
     "int4, gptq_v2, zero points": (qwen3, functools.partial(in_gptq, symmetric=False, v2=True)),
-    "int4, awq, zero points": (qwen3, in_awq),
+    "int4, awq, zero points": (qwen3, functools.partial(in_awq, group=128)),
     "int4, awq": (mixtral, functools.partial(in_awq, group=32, symmetric=True)),
 }
 
