@@ -84,7 +84,9 @@ def as_int(value: object) -> object:
 
 
 def bounded(timeout_s: float | None) -> float | None:
-    """A time that threads can wait for, infinity as the longest of them."""
+    """A time that threads can wait for, infinity as the longest of them; ValueError for no time."""
+    if timeout_s is not None and (not is_number(timeout_s) or timeout_s != timeout_s):
+        raise ValueError(f"timeout_s must be a number of seconds or None, got {timeout_s!r}")
     return None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
 
 
