@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qllm_ops import PriorityFlag
-from qllm_ops.arguments import is_number
+from qllm_ops.arguments import is_integer, is_number
 from qllm_ops.scheduler.kv import KVBudget
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Plan, Policy, View, get_policy
-from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State
+from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State, as_int
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ class Limits:
     pause_timeout_s: float = 30.0
 
     def __post_init__(self):
-        if self.kv_reserve is None and isinstance(self.kv_tokens, int):
-            object.__setattr__(self, "kv_reserve", self.kv_tokens // 8)  # the fields are frozen
+        for name in ("kv_tokens", "kv_reserve", "max_batch", "prefill_tokens", "top_up_tokens"):
+            object.__setattr__(self, name, as_int(getattr(self, name)))  # the fields are frozen
+        if self.kv_reserve is None and is_integer(self.kv_tokens):
+            object.__setattr__(self, "kv_reserve", self.kv_tokens // 8)
         KVBudget(self.kv_tokens, self.kv_reserve)  # says what is wrong with these two
         for name in ("max_batch", "prefill_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.top_up_tokens, int) or self.top_up_tokens < 0:
+        if not is_integer(self.top_up_tokens) or self.top_up_tokens < 0:
             raise ValueError(f"top_up_tokens must be an integer of 0 or more, got {self.top_up_tokens!r}")
         if not is_number(self.be_floor) or not 0 <= self.be_floor < 1:
             raise ValueError(f"be_floor must be from 0 to below 1, got {self.be_floor!r}")
@@ -107,7 +109,8 @@ class Scheduler:
 
     The driver's loop, per lane: ``next(lane)``; run the batch; ``complete(batch, outcomes)`` or
     ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed (for
-    the background lane that includes what the foreground was given), or at ``wake_s[lane]`` if that is set.
+    the background lane that includes what the foreground was given, and the end of the pause if it is
+    ``held``), or at ``wake_s[lane]`` if that is set.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Scheduler:
         self.requests: list[Request] = []  # the open ones, by arrival
         self.running: dict[str, Batch] = {}
         self.wake_s: dict[str, float] = {}
+        self.held = False  # whether a pause was why the background lane got nothing when it asked last
         self._batches = 0
         self._prefills = dict.fromkeys(self.policy.lanes, 0)  # in a row, per lane
         floor = self.limits.be_floor if self.policy.by_class else 0.0
@@ -189,8 +193,11 @@ class Scheduler:
             return None
         now = self.clock()
         self.wake_s.pop(lane, None)
-        paused = lane == BACKGROUND and self.flag.paused(BE)
-        plan = None if paused else self.policy.next_batch(lane, self._view(lane, now))
+        if lane == BACKGROUND:
+            self.held = self.flag.paused(BE)
+        plan = (
+            None if lane == BACKGROUND and self.held else self.policy.next_batch(lane, self._view(lane, now))
+        )
         if plan is None:
             self._stand_by(lane, now)
             return None
