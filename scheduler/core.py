@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -136,6 +137,7 @@ class Scheduler:
         self.flag = flag or PriorityFlag(clock=clock)
         self.kv = KVBudget(self.limits.kv_tokens, self.limits.kv_reserve)
         self.requests: list[Request] = []  # the open ones, by arrival
+        self._ids: set[str] = set()  # theirs
         self.running: dict[str, Batch] = {}
         self.wake_s: dict[str, float] = {}
         self.held = False  # whether a pause was why the background lane got nothing when it asked last
@@ -170,10 +172,10 @@ class Scheduler:
                 f"need {request.kv_tokens} tokens of KV memory; its class can have {limit} "
                 f"(kv_tokens={self.kv.tokens}, kv_reserve={self.kv.reserve})"
             )
-        if any(r.id == request.id for r in self.requests):
+        if request.id in self._ids:
             raise ValueError(f"request id {request.id!r} is in use by an open request")
-        self.requests.append(request)
-        self.requests.sort(key=lambda r: r.arrival_s)
+        self._ids.add(request.id)
+        insort(self.requests, request, key=lambda r: r.arrival_s)
 
     def cancel(self, request: Request) -> None:
         """End a request. One that is part of an iteration ends with that iteration."""
@@ -357,7 +359,12 @@ class Scheduler:
         request.tokens.append(token)
         request.margins.append(margin)
         if request.on_token is not None:
-            request.on_token(token)
+            try:
+                request.on_token(token)
+            except Exception as error:  # harms nobody else
+                request.error = error
+                self._end(request, State.FAILED)
+                return
         if len(request.tokens) >= request.max_new_tokens or token in request.ends:
             self._end(request, State.DONE)
 
@@ -368,6 +375,7 @@ class Scheduler:
             self.kv.give_back(request.region, request.kv_tokens)
             request.region = None
         self.requests.remove(request)
+        self._ids.remove(request.id)
         if request.on_end is not None:
             request.on_end()
 

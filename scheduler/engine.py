@@ -13,12 +13,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import os
+import secrets
 import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
 import torch
 from transformers import PreTrainedModel
@@ -172,6 +174,7 @@ class Engine:
         self._closing = False
         self._died = ""  # which lane, and of what
         release_workers()  # this thread waits from now on; its workers would slow the lanes
+        self._names, self._process = count(), os.getpid()
         lanes = self.scheduler.policy.lanes
         self._cold = len(lanes)
         self._threads: list[threading.Thread] = []
@@ -214,10 +217,11 @@ class Engine:
             ValueError: a prompt that is no sequence of token ids, is empty, or does not fit the KV memory or
                 the model's positions; a token id outside the vocabulary, there or in eos_token_id; a request
                 id in use; a bad sampling parameter; any other value of the wrong type.
-            RuntimeError: the engine is closed, or one of its lanes has died; says of what.
+            RuntimeError: the engine is closed, or one of its lanes has died; says of what. Or this process is
+                a fork of the one that made it.
         """
         request = Request(
-            id=id if id is not None else f"request-{uuid.uuid4().hex}",
+            id=id if id is not None else f"request-{next(self._names)}-{secrets.token_hex(4)}",
             prompt=token_ids(prompt),
             priority=priority,
             max_new_tokens=max_new_tokens,
@@ -227,6 +231,11 @@ class Engine:
         )
         request.check()
         self.runner.check(request)
+        if self._forked:
+            raise RuntimeError(
+                f"the engine was made in process {self._process}, of which this one is a fork: it has none "
+                "of the engine's threads; make an engine after forking"
+            )
         handle = Handle(request, self._cancel)
         with self._changed:
             if self._closing:
@@ -244,13 +253,23 @@ class Engine:
         """Finish the iterations that run, fail the requests that are left, and give the model back.
 
         An iteration that stands still goes on: pauses of best-effort work end here, whoever holds them.
+        Does nothing in a fork of the process that made the engine.
         """
+        if self._forked:
+            return
         self._end_lanes()
         with self._changed:
             self._give_back()  # does nothing the second time
         atexit.unregister(self._end_lanes)
 
+    @property
+    def _forked(self) -> bool:
+        """Whether this process has no lanes, and their lock as it was, perhaps taken by one of them."""
+        return os.getpid() != self._process
+
     def _end_lanes(self, timeout_s: float = math.inf) -> None:
+        if self._forked:
+            return
         with self._changed:
             self._closing = True
             self._changed.notify_all()

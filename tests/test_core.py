@@ -604,6 +604,33 @@ def test_a_refused_request_is_told_why_and_disturbs_nobody(changes, message):
     assert len(scheduler.next(FOREGROUND).rows) == 1
 
 
+def test_a_callback_that_raises_fails_its_own_request():
+    def closed(token):
+        raise OSError(f"nobody takes token {token}")
+
+    scheduler = Scheduler("fcfs", limits_of())
+    requests = [Request("a", [1], LS, 2, on_token=closed), Request("b", [1], LS, 2)]
+    for request in requests:
+        scheduler.submit(request)
+    for _ in range(2):
+        batch = scheduler.next(FOREGROUND)
+        scheduler.complete(batch, [(7, 0.5)] * len(batch.rows))
+    assert [(r.state, r.tokens) for r in requests] == [(State.FAILED, [7]), (State.DONE, [7, 7])]
+    assert str(requests[0].error) == "nobody takes token 7"
+    assert scheduler.idle
+    assert scheduler.kv.free_tokens == 100
+
+
+def test_an_id_can_be_given_again_when_its_request_has_ended():
+    scheduler = Scheduler("fcfs", limits_of())
+    for _ in range(2):
+        request = Request("a", [1])
+        scheduler.submit(request)
+        with pytest.raises(ValueError, match="id 'a' is in use"):
+            scheduler.submit(Request("a", [1]))
+        scheduler.cancel(request)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

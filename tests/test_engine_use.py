@@ -1,5 +1,7 @@
 """What users do with an engine: what it refuses, when it is made, asked or left, and what it bears."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -439,6 +441,26 @@ def test_a_close_that_was_interrupted_can_be_finished(model, monkeypatch):
     engine.close()
     assert choices(model) == before
     Engine(model, limits=LIMITS).close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # which is what this is about
+def test_a_fork_has_no_lanes_and_says_so(model):
+    """It waited for a lock that a lane had when the process was forked, or for a lane."""
+    with Engine(model, limits=LIMITS) as engine:
+        with engine._changed:
+            child = os.fork()
+            if not child:
+                signal.alarm(10)
+                code = 1
+                try:
+                    engine.submit(prompt(3))
+                except RuntimeError as error:
+                    engine.close()
+                    code = 0 if "of which this one is a fork" in str(error) else 2
+                finally:
+                    os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert len(engine.submit(prompt(3), max_new_tokens=2).result(WAIT_S)) == 2
 
 
 LEFT_OPEN = """
