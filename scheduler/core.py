@@ -288,7 +288,7 @@ class Scheduler:
 
     def _class(self, request: Request, now: float) -> int:
         age = self.limits.aging_s
-        aged = age is not None and now - request.arrival_s >= age
+        aged = age is not None and now >= request.arrival_s + age
         return max(request.priority, LS) if aged else request.priority
 
     def _admit(self, ready: Iterable[Request], now: float) -> None:
@@ -398,8 +398,11 @@ class Scheduler:
         """There is nothing for ``lane`` now; note when there may be, other than by an event."""
         if lane == FOREGROUND:
             self.release()
-            if now < self._slice_until:
-                self.wake_s[lane] = self._slice_until
+            times = [self._slice_until]
+            if self.limits.aging_s is not None:  # when the next one is urgent by its age
+                times += [r.arrival_s + self.limits.aging_s for r in self.requests if not r.in_flight]
+            if wake := min((t for t in times if t > now), default=None):
+                self.wake_s[lane] = wake
         elif FOREGROUND in self.running and now < self._trusted_until:
             self.wake_s[lane] = self._trusted_until
 

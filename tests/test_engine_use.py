@@ -297,6 +297,14 @@ def test_a_pause_that_ends_while_the_lane_looks_for_work_keeps_nobody_waiting(mo
         assert len(handle.result(5)) == 3
 
 
+def test_a_request_that_ages_while_its_class_is_paused_is_served(model):
+    """The foreground lane, which takes it then, slept until some other request came."""
+    with Engine(model, limits=Limits(kv_tokens=4096, aging_s=0.05)) as engine:
+        engine.flag.pause(BE, timeout_s=None)
+        assert len(engine.submit(prompt(5), max_new_tokens=3).result(5)) == 3
+        assert {span.lane for span in engine.log.spans} == {FOREGROUND}
+
+
 @pytest.mark.parametrize("lane", [FOREGROUND, BACKGROUND])
 def test_a_finalizer_that_cancels_inside_of_the_scheduler_harms_nobody(model, lane):
     """Garbage is collected in any thread: that of a lane, while it makes a batch of the very request."""
