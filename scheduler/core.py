@@ -140,7 +140,7 @@ class Scheduler:
         self._ids: set[str] = set()  # theirs
         self.running: dict[str, Batch] = {}
         self.wake_s: dict[str, float] = {}
-        self.held = False  # whether a pause was why the background lane got nothing when it asked last
+        self.held = False  # whether the lane that asked last got nothing because it is paused
         self._batches = 0
         self._prefills = dict.fromkeys(self.policy.lanes, 0)  # in a row, per lane
         floor = self.limits.be_floor if self.policy.by_class else 0.0
@@ -195,11 +195,8 @@ class Scheduler:
             return None
         now = self.clock()
         self.wake_s.pop(lane, None)
-        if lane == BACKGROUND:
-            self.held = self.flag.paused(BE)
-        plan = (
-            None if lane == BACKGROUND and self.held else self.policy.next_batch(lane, self._view(lane, now))
-        )
+        self.held = lane == BACKGROUND and self.flag.paused(BE)
+        plan = None if self.held else self.policy.next_batch(lane, self._view(lane, now))
         if plan is None:
             self._stand_by(lane, now)
             return None
@@ -401,8 +398,8 @@ class Scheduler:
             times = [self._slice_until]
             if self.limits.aging_s is not None:  # when the next one is urgent by its age
                 times += [r.arrival_s + self.limits.aging_s for r in self.requests if not r.in_flight]
-            if wake := min((t for t in times if t > now), default=None):
-                self.wake_s[lane] = wake
+            if times := [t for t in times if t > now]:
+                self.wake_s[lane] = min(times)
         elif FOREGROUND in self.running and now < self._trusted_until:
             self.wake_s[lane] = self._trusted_until
 

@@ -329,7 +329,7 @@ class Engine:
                     self.log.begin(batch, self._granularity(batch))
                     return batch
                 # Not the flag as it is now: a pause that has ended since then wakes nobody here.
-                if lane == BACKGROUND and self.scheduler.held:
+                if self.scheduler.held:
                     continue
                 release_workers()  # an idle lane must not slow the other one
                 wake = self.scheduler.wake_s.get(lane)
