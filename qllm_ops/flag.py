@@ -180,6 +180,13 @@ class PriorityFlag:
                 self._resumed(c, now)
             return not self._owners[c]
 
+    def release(self, priority: int) -> None:
+        """End every pause of class ``priority``, whoever holds it. Those that come later pause it again."""
+        c = self._check(priority)
+        with self._changed:
+            for owner in [*self._owners[c]]:
+                self.resume(c, owner)
+
     def share(self, priority: int, programs: int) -> None:
         """Let class ``priority`` run on ``programs`` programs per launch (FULL for all).
 

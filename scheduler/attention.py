@@ -133,11 +133,11 @@ class Ragged:
         if key not in self._padded:
             counts = [self.segments[i].seen(window) for i in rows]
             first = [starts[i] + self.segments[i].total - n for i, n in zip(rows, counts, strict=True)]
-            first, count = torch.tensor([first, counts])[:, :, None]
-            column = torch.arange(max(counts))
+            first, count = torch.tensor([first, counts], device="cpu")[:, :, None]
+            column = torch.arange(max(counts), device="cpu")
             # Padding repeats a row's own last key: another row's might be NaN, and NaN times zero is NaN.
             index = (first + column.minimum(count - 1)).flatten()
-            mask = torch.zeros(len(rows), 1, 1, len(column), dtype=like.dtype)
+            mask = torch.zeros(len(rows), 1, 1, len(column), dtype=like.dtype, device="cpu")
             mask[:, 0, 0].masked_fill_(column >= count, -torch.inf)
             self._padded[key] = Padded(
                 torch.tensor([self.segments[i].query for i in rows], device=like.device),

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qllm_ops import PriorityFlag
-from qllm_ops.arguments import is_number
+from qllm_ops.arguments import is_integer, is_number
 from qllm_ops.scheduler.kv import KVBudget
 from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND, Plan, Policy, View, get_policy
-from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State
+from qllm_ops.scheduler.request import BE, LS, Request, RequestError, State, as_int
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class Limits:
     pause_timeout_s: float = 30.0
 
     def __post_init__(self):
-        if self.kv_reserve is None and isinstance(self.kv_tokens, int):
-            object.__setattr__(self, "kv_reserve", self.kv_tokens // 8)  # the fields are frozen
+        for name in ("kv_tokens", "kv_reserve", "max_batch", "prefill_tokens", "top_up_tokens"):
+            object.__setattr__(self, name, as_int(getattr(self, name)))  # the fields are frozen
+        if self.kv_reserve is None and is_integer(self.kv_tokens):
+            object.__setattr__(self, "kv_reserve", self.kv_tokens // 8)
         KVBudget(self.kv_tokens, self.kv_reserve)  # says what is wrong with these two
         for name in ("max_batch", "prefill_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.top_up_tokens, int) or self.top_up_tokens < 0:
+        if not is_integer(self.top_up_tokens) or self.top_up_tokens < 0:
             raise ValueError(f"top_up_tokens must be an integer of 0 or more, got {self.top_up_tokens!r}")
         if not is_number(self.be_floor) or not 0 <= self.be_floor < 1:
             raise ValueError(f"be_floor must be from 0 to below 1, got {self.be_floor!r}")
@@ -107,7 +110,8 @@ class Scheduler:
 
     The driver's loop, per lane: ``next(lane)``; run the batch; ``complete(batch, outcomes)`` or
     ``fail(batch, error)``. When ``next`` gives None, ask again after anything has changed (for
-    the background lane that includes what the foreground was given), or at ``wake_s[lane]`` if that is set.
+    the background lane that includes what the foreground was given, and the end of the pause if it is
+    ``held``), or at ``wake_s[lane]`` if that is set.
     """
 
     def __init__(
@@ -133,8 +137,10 @@ class Scheduler:
         self.flag = flag or PriorityFlag(clock=clock)
         self.kv = KVBudget(self.limits.kv_tokens, self.limits.kv_reserve)
         self.requests: list[Request] = []  # the open ones, by arrival
+        self._ids: set[str] = set()  # theirs
         self.running: dict[str, Batch] = {}
         self.wake_s: dict[str, float] = {}
+        self.held = False  # whether the lane that asked last got nothing because it is paused
         self._batches = 0
         self._prefills = dict.fromkeys(self.policy.lanes, 0)  # in a row, per lane
         floor = self.limits.be_floor if self.policy.by_class else 0.0
@@ -166,10 +172,10 @@ class Scheduler:
                 f"need {request.kv_tokens} tokens of KV memory; its class can have {limit} "
                 f"(kv_tokens={self.kv.tokens}, kv_reserve={self.kv.reserve})"
             )
-        if any(r.id == request.id for r in self.requests):
+        if request.id in self._ids:
             raise ValueError(f"request id {request.id!r} is in use by an open request")
-        self.requests.append(request)
-        self.requests.sort(key=lambda r: r.arrival_s)
+        self._ids.add(request.id)
+        insort(self.requests, request, key=lambda r: r.arrival_s)
 
     def cancel(self, request: Request) -> None:
         """End a request. One that is part of an iteration ends with that iteration."""
@@ -189,8 +195,8 @@ class Scheduler:
             return None
         now = self.clock()
         self.wake_s.pop(lane, None)
-        paused = lane == BACKGROUND and self.flag.paused(BE)
-        plan = None if paused else self.policy.next_batch(lane, self._view(lane, now))
+        self.held = lane == BACKGROUND and self.flag.paused(BE)
+        plan = None if self.held else self.policy.next_batch(lane, self._view(lane, now))
         if plan is None:
             self._stand_by(lane, now)
             return None
@@ -279,7 +285,7 @@ class Scheduler:
 
     def _class(self, request: Request, now: float) -> int:
         age = self.limits.aging_s
-        aged = age is not None and now - request.arrival_s >= age
+        aged = age is not None and now >= request.arrival_s + age
         return max(request.priority, LS) if aged else request.priority
 
     def _admit(self, ready: Iterable[Request], now: float) -> None:
@@ -350,7 +356,12 @@ class Scheduler:
         request.tokens.append(token)
         request.margins.append(margin)
         if request.on_token is not None:
-            request.on_token(token)
+            try:
+                request.on_token(token)
+            except Exception as error:  # harms nobody else
+                request.error = error
+                self._end(request, State.FAILED)
+                return
         if len(request.tokens) >= request.max_new_tokens or token in request.ends:
             self._end(request, State.DONE)
 
@@ -361,6 +372,7 @@ class Scheduler:
             self.kv.give_back(request.region, request.kv_tokens)
             request.region = None
         self.requests.remove(request)
+        self._ids.remove(request.id)
         if request.on_end is not None:
             request.on_end()
 
@@ -383,8 +395,11 @@ class Scheduler:
         """There is nothing for ``lane`` now; note when there may be, other than by an event."""
         if lane == FOREGROUND:
             self.release()
-            if now < self._slice_until:
-                self.wake_s[lane] = self._slice_until
+            times = [self._slice_until]
+            if self.limits.aging_s is not None:  # when the next one is urgent by its age
+                times += [r.arrival_s + self.limits.aging_s for r in self.requests if not r.in_flight]
+            if times := [t for t in times if t > now]:
+                self.wake_s[lane] = min(times)
         elif FOREGROUND in self.running and now < self._trusted_until:
             self.wake_s[lane] = self._trusted_until
 

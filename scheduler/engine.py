@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
+import os
+import secrets
 import sys
 import threading
 import time
@@ -23,6 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm_ops import PriorityFlag
+from qllm_ops.models import preemptible
 from qllm_ops.models.install import installed
 from qllm_ops.openmp import release_workers
 from qllm_ops.scheduler.core import Batch, Limits, Scheduler
@@ -156,7 +160,8 @@ class Engine:
         self.flag = PriorityFlag(device=device, clock=clock, on_event=self.log.flag_event, gate=gate)
         multiple = chunk_multiple(device, batch_invariant)
         self.scheduler = Scheduler(policy, limits, flag=self.flag, clock=clock, chunk_multiple=multiple)
-        with contextlib.ExitStack() as stack:
+        # Whatever body of `preemptible` this is in: nobody pauses the passes that try the model.
+        with contextlib.ExitStack() as stack, preemptible(None):
             stack.enter_context(_only_engine(model))
             self.report = stack.enter_context(installed(model, backend=backend))
             self.runner = stack.enter_context(
@@ -165,20 +170,24 @@ class Engine:
                 )
             )
             self._give_back = stack.pop_all().close
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())  # no thread may have it twice; see _cancel
         self._closing = False
         self._died = ""  # which lane, and of what
-        self._names = count()
         release_workers()  # this thread waits from now on; its workers would slow the lanes
+        self._names, self._process = count(), os.getpid()
         lanes = self.scheduler.policy.lanes
         self._cold = len(lanes)
-        self._threads = [
-            threading.Thread(target=self._lane, args=(n,), name=f"qllm-{n}", daemon=True) for n in lanes
-        ]
+        self._threads: list[threading.Thread] = []
         # Python ends with what its daemon threads are doing, and torch ends the process with an abort then.
         atexit.register(self._end_lanes, EXIT_WAIT_S)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for lane in lanes:
+                thread = threading.Thread(target=self._lane, args=(lane,), name=f"qllm-{lane}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:  # no thread to be had, or Ctrl-C: nobody else could give the model back
+            self.close()
+            raise
 
     # -- for callers -----------------------------------------------------------------------------
 
@@ -208,10 +217,11 @@ class Engine:
             ValueError: a prompt that is no sequence of token ids, is empty, or does not fit the KV memory or
                 the model's positions; a token id outside the vocabulary, there or in eos_token_id; a request
                 id in use; a bad sampling parameter; any other value of the wrong type.
-            RuntimeError: the engine is closed, or one of its lanes has died; says of what.
+            RuntimeError: the engine is closed, or one of its lanes has died; says of what. Or this process is
+                a fork of the one that made it.
         """
         request = Request(
-            id=id if id is not None else f"request-{next(self._names)}",
+            id=id if id is not None else f"request-{next(self._names)}-{secrets.token_hex(4)}",
             prompt=token_ids(prompt),
             priority=priority,
             max_new_tokens=max_new_tokens,
@@ -221,6 +231,11 @@ class Engine:
         )
         request.check()
         self.runner.check(request)
+        if self._forked:
+            raise RuntimeError(
+                f"the engine was made in process {self._process}, of which this one is a fork: it has none "
+                "of the engine's threads; make an engine after forking"
+            )
         handle = Handle(request, self._cancel)
         with self._changed:
             if self._closing:
@@ -235,18 +250,36 @@ class Engine:
             return self._changed.wait_for(lambda: self.scheduler.idle, bounded(timeout_s))
 
     def close(self) -> None:
-        """Finish the iterations that run, fail the requests that are left, and give the model back."""
+        """Finish the iterations that run, fail the requests that are left, and give the model back.
+
+        An iteration that stands still goes on: pauses of best-effort work end here, whoever holds them.
+        Does nothing in a fork of the process that made the engine.
+        """
+        if self._forked:
+            return
         self._end_lanes()
         with self._changed:
             self._give_back()  # does nothing the second time
         atexit.unregister(self._end_lanes)
 
-    def _end_lanes(self, timeout_s: float | None = None) -> None:
+    @property
+    def _forked(self) -> bool:
+        """Whether this process has no lanes, and their lock as it was, perhaps taken by one of them."""
+        return os.getpid() != self._process
+
+    def _end_lanes(self, timeout_s: float = math.inf) -> None:
+        if self._forked:
+            return
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        give_up_s = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            while True:
+                self.flag.release(BE)  # again and again, as a user may pause again
+                thread.join(FLAG_WAIT_S)
+                if not thread.is_alive() or time.monotonic() >= give_up_s:
+                    break
 
     def __enter__(self) -> Engine:
         return self
@@ -295,11 +328,12 @@ class Engine:
                 if batch is not None:
                     self.log.begin(batch, self._granularity(batch))
                     return batch
-                if lane == BACKGROUND and self.flag.paused(BE):
+                # Not the flag as it is now: a pause that has ended since then wakes nobody here.
+                if self.scheduler.held:
                     continue
                 release_workers()  # an idle lane must not slow the other one
                 wake = self.scheduler.wake_s.get(lane)
-                self._changed.wait(None if wake is None else max(wake - self.clock(), 0.0))
+                self._changed.wait(None if wake is None else bounded(max(wake - self.clock(), 0.0)))
 
     def _run(self, batch: Batch) -> None:
         try:
@@ -319,6 +353,18 @@ class Engine:
         return self.scheduler.policy.granularity if batch.lane == BACKGROUND else None
 
     def _cancel(self, request: Request) -> None:
+        """Does not wait for the lock. Finalizers cancel, too (of a generator that a client left), and run in
+        any thread, whatever it holds: in a lane's as well, in the midst of the scheduler."""
+        if not self._changed.acquire(blocking=False):
+            threading.Thread(target=self._cancel_waiting, args=(request,), daemon=True).start()
+            return
+        try:
+            self.scheduler.cancel(request)
+            self._changed.notify_all()
+        finally:
+            self._changed.release()
+
+    def _cancel_waiting(self, request: Request) -> None:
         with self._changed:
             self.scheduler.cancel(request)
             self._changed.notify_all()

@@ -137,7 +137,7 @@ def disagreement(device: torch.device) -> str | None:
     """What the kernel computes otherwise than a row after the other, on random rows; None if nothing."""
     random = torch.Generator().manual_seed(0)
     shapes = ((4, 70, 64), (2, 300, 64), (2, 300, 64))
-    q, k, v = (torch.randn(shape, generator=random).to(device, torch.bfloat16) for shape in shapes)
+    q, k, v = (torch.randn(s, generator=random, device="cpu").to(device, torch.bfloat16) for s in shapes)
     for lengths, starts, totals in (
         ([1, 1, 1], [0, 40, 200], [33, 150, 1]),  # rows that decode
         ([1, 60, 9], [3, 50, 180], [20, 60, 100]),  # one of them, a prompt, and a chunk of one

@@ -7,6 +7,8 @@ recomputed, and its keys and values are a slice of the pool that attention reads
 
 from __future__ import annotations
 
+from qllm_ops.arguments import is_integer
+
 
 class KVBudget:
     """Hands out contiguous regions of ``tokens`` slots; knows nothing of tensors.
@@ -20,9 +22,9 @@ class KVBudget:
     """
 
     def __init__(self, tokens: int, reserve: int = 0):
-        if not isinstance(tokens, int) or tokens < 1:
+        if not is_integer(tokens) or tokens < 1:
             raise ValueError(f"kv_tokens must be a positive integer, got {tokens!r}")
-        if not isinstance(reserve, int) or not 0 <= reserve < tokens:
+        if not is_integer(reserve) or not 0 <= reserve < tokens:
             raise ValueError(f"kv_reserve must be an integer from 0 to {tokens - 1}, got {reserve!r}")
         self.tokens = tokens
         self.reserve = reserve

@@ -356,7 +356,7 @@ def _write(report: dict[str, Any], runs: dict[str, RunRecord], folder: Path, out
 
 
 def _wrong(report: dict[str, Any], runs: dict[str, RunRecord]) -> list[str]:
-    """What must not be in a replay. A refused request may: its note says why."""
+    """What must not be in a replay. A refused request may, beside others: its note says why."""
     wrong = []
     for name, versus in report["tokens"]["versus"].items():
         if differ := versus["mismatches"]["requests"]:
@@ -367,6 +367,9 @@ def _wrong(report: dict[str, Any], runs: dict[str, RunRecord]) -> list[str]:
             lost = sum(f.status == status for f in run.finished)
             if lost:
                 wrong.append(f"{name}: {lost} of {len(run.finished)} requests {status}")
+        if all(f.status == "refused" for f in run.finished):
+            count = len(run.finished)
+            wrong.append(f"{name}: {count} of {count} requests refused, so nothing was measured")
     return wrong
 
 

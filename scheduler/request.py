@@ -84,13 +84,18 @@ def as_int(value: object) -> object:
 
 
 def bounded(timeout_s: float | None) -> float | None:
-    """A time that threads can wait for, infinity as the longest of them."""
+    """A time that threads can wait for, infinity as the longest of them; ValueError for no time."""
+    if timeout_s is not None and (not is_number(timeout_s) or timeout_s != timeout_s):
+        raise ValueError(f"timeout_s must be a number of seconds or None, got {timeout_s!r}")
     return None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
 
 
 @dataclass(eq=False)
 class Request:
     """One request on its way through the scheduler. Only the scheduler changes it.
+
+    ``on_token`` is called with each token, and fails the request if it raises; ``on_end`` once, at the end,
+    and must not raise. Both must be quick: the driver calls them, which in an engine is a lane with its lock.
 
     ``computed`` counts the tokens whose keys and values lie in the KV pool. A request prefills until
     that reaches the length of its prompt, which yields its first token, and decodes from then on.
@@ -191,6 +196,10 @@ class Handle:
 
         Meant for one consumer, once: each token goes to one reader only. The request goes on when nobody
         reads it any more; :meth:`cancel` ends it.
+
+        Waits in its thread, as :meth:`result` does. asyncio has few threads by default, and an urgent request
+        would wait there for patient ones: give it as many as there are open requests
+        (``loop.set_default_executor(ThreadPoolExecutor(1000))``), and read each by ``asyncio.to_thread``.
         """
         while (token := self._tokens.get()) is not None:
             yield token

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qllm_ops.arguments import is_integer
 from qllm_ops.scheduler.request import BE, LS
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -268,7 +269,7 @@ def _cut(arrivals: list[Arrival], field: str, most: int | None, path: str | Path
 
 def _log_uniform(u: float, bounds: tuple[int, int]) -> int:
     least, most = bounds
-    return min(most, int(least * ((most + 1) / least) ** u))
+    return min(int(most), int(least * ((most + 1) / least) ** u))
 
 
 def _check_priority(priority: int) -> None:
@@ -282,7 +283,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 

@@ -359,8 +359,11 @@ def test_a_model_that_gives_no_numbers(qllm, tmp_path):
 
 
 def run_record(name: str, tokens: list[int], status: str = "done", margin: float = 1.0) -> RunRecord:
-    request = Finished("ls-0", 1, 0.0, 0.1, 0.2, 8, len(tokens), status, None, tokens, [margin] * len(tokens))
-    return RunRecord(name, 0.2, [request])
+    return RunRecord(name, 0.2, [a_request(tokens, status, margin)])
+
+
+def a_request(tokens: list[int], status: str = "done", margin: float = 1.0) -> Finished:
+    return Finished("ls-0", 1, 0.0, 0.1, 0.2, 8, len(tokens), status, None, tokens, [margin] * len(tokens))
 
 
 @pytest.mark.parametrize(
@@ -371,9 +374,10 @@ def run_record(name: str, tokens: list[int], status: str = "done", margin: float
         (run_record("tile", [1, 3], margin=1e-4), 1, "tile: other tokens"),
         (run_record("tile", [1], "failed"), 1, "tile: 1 of 1 requests failed"),
         (run_record("tile", [1], "cancelled"), 1, "tile: 1 of 1 requests cancelled"),
-        (run_record("tile", [], "refused"), 0, ""),
+        (run_record("tile", [], "refused"), 1, "tile: 1 of 1 requests refused, so nothing was measured"),
+        (RunRecord("tile", 0.2, [a_request([1, 2]), a_request([], "refused")]), 0, ""),
     ],
-    ids=["equal", "mismatch", "tie in one run only", "failed", "cut short", "refused"],
+    ids=["equal", "mismatch", "tie in one run only", "failed", "cut short", "refused", "one refused"],
 )
 def test_exit_code_of_a_replay(qllm, tmp_path, monkeypatch, other, code, said):
     runs = {"fcfs": run_record("fcfs", [1, 2]), "tile": other}

@@ -1,5 +1,8 @@
 """The scheduler under a virtual clock with a fake model; the laws themselves stand in ``virtual.py``."""
 
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -601,12 +604,39 @@ def test_a_refused_request_is_told_why_and_disturbs_nobody(changes, message):
     assert len(scheduler.next(FOREGROUND).rows) == 1
 
 
+def test_a_callback_that_raises_fails_its_own_request():
+    def closed(token):
+        raise OSError(f"nobody takes token {token}")
+
+    scheduler = Scheduler("fcfs", limits_of())
+    requests = [Request("a", [1], LS, 2, on_token=closed), Request("b", [1], LS, 2)]
+    for request in requests:
+        scheduler.submit(request)
+    for _ in range(2):
+        batch = scheduler.next(FOREGROUND)
+        scheduler.complete(batch, [(7, 0.5)] * len(batch.rows))
+    assert [(r.state, r.tokens) for r in requests] == [(State.FAILED, [7]), (State.DONE, [7, 7])]
+    assert str(requests[0].error) == "nobody takes token 7"
+    assert scheduler.idle
+    assert scheduler.kv.free_tokens == 100
+
+
+def test_an_id_can_be_given_again_when_its_request_has_ended():
+    scheduler = Scheduler("fcfs", limits_of())
+    for _ in range(2):
+        request = Request("a", [1])
+        scheduler.submit(request)
+        with pytest.raises(ValueError, match="id 'a' is in use"):
+            scheduler.submit(Request("a", [1]))
+        scheduler.cancel(request)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("max_batch", v) for v in (0, -1, 1.5, None)],
+        *[("max_batch", v) for v in (0, -1, 1.5, None, True)],
         *[("prefill_tokens", v) for v in (0, 2.0)],
-        *[("top_up_tokens", v) for v in (-1, 0.5)],
+        *[("top_up_tokens", v) for v in (-1, 0.5, False)],
         *[("be_floor", v) for v in (-0.1, 1, 1.5, float("nan"), None)],
         *[("be_slice_s", v) for v in (0, -1.0, None, float("nan"))],
         *[("pause_timeout_s", v) for v in (0, -1.0, None, "30")],
@@ -618,6 +648,15 @@ def test_a_refused_request_is_told_why_and_disturbs_nobody(changes, message):
 def test_bad_limits_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
         Limits(**{name: value})
+
+
+@pytest.mark.parametrize("kv_reserve", [None, np.int32(5)])
+def test_integers_of_numpy_are_limits(kv_reserve):
+    """And become Python's own, which a report can be written with, and which have no largest one."""
+    sizes = {"kv_tokens": 120, "max_batch": 4, "prefill_tokens": 16, "top_up_tokens": 3}
+    limits = Limits(**{name: np.int8(value) for name, value in sizes.items()}, kv_reserve=kv_reserve)
+    assert limits == Limits(**sizes, kv_reserve=None if kv_reserve is None else 5)
+    assert {type(value) for name, value in asdict(limits).items() if name in {*sizes, "kv_reserve"}} == {int}
 
 
 @pytest.mark.parametrize(("tokens", "reserve"), [(32768, 4096), (2048, 256), (7, 0), (1, 0)])

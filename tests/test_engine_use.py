@@ -1,7 +1,11 @@
 """What users do with an engine: what it refuses, when it is made, asked or left, and what it bears."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import weakref
 from types import SimpleNamespace
@@ -13,12 +17,14 @@ from served import generated, prompt
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
-from qllm_ops.models import install, quantize_experts, uninstall
+from qllm_ops import PriorityFlag
+from qllm_ops.models import install, preemptible, quantize_experts, uninstall
 from qllm_ops.models.presets import make_preset
 from qllm_ops.scheduler import attention, log
 from qllm_ops.scheduler.core import Limits
 from qllm_ops.scheduler.engine import Engine
-from qllm_ops.scheduler.request import LS, RequestError
+from qllm_ops.scheduler.policies import BACKGROUND, FOREGROUND
+from qllm_ops.scheduler.request import BE, LS, RequestCancelled, RequestError
 
 WAIT_S = 60.0
 LIMITS = Limits(kv_tokens=4096, kv_reserve=512, prefill_tokens=256)
@@ -86,6 +92,27 @@ def test_numbers_of_numpy_are_numbers(model):
             for seed in (2**40, np.int64(2**40))
         ]
         assert drawn[0] == drawn[1]
+
+
+def test_requests_without_an_id_take_none_that_a_user_may_give(model):
+    with Engine(model, limits=LIMITS) as engine:
+        engine.flag.pause(BE)
+        ids = [f"request-{n}" for n in range(6)]
+        handles = [engine.submit(prompt(5), max_new_tokens=1, id=id) for id in ids[::2]]
+        handles += [engine.submit(prompt(5), max_new_tokens=1) for _ in range(3)]
+        handles += [engine.submit(prompt(5), max_new_tokens=1, id=id) for id in ids[1::2]]
+        assert len({handle.id for handle in handles}) == 9
+        engine.flag.resume(BE)
+        assert all(len(handle.result(WAIT_S)) == 1 for handle in handles)
+
+
+@pytest.mark.parametrize("timeout_s", ["5", float("nan"), True])
+def test_what_is_no_time_to_wait_is_refused(model, timeout_s):
+    with Engine(model, limits=LIMITS) as engine:
+        handle = engine.submit(prompt(5), max_new_tokens=1)
+        for wait in (handle.result, engine.drain):
+            with pytest.raises(ValueError, match="timeout_s must be a number of seconds or None, got"):
+                wait(timeout_s)
 
 
 def test_an_engine_that_serves_for_long_does_not_remember_everything(model, monkeypatch):
@@ -212,6 +239,133 @@ def test_the_experts_of_a_model_that_is_served_are_left_alone(model):
     assert uninstall(model)
 
 
+def test_an_engine_that_is_made_while_a_flag_of_the_thread_is_paused(model):
+    """It stood at that flag until the deadline, in the passes that it tries the model with."""
+    expected, waited = generated(model, prompt(5), 3), []
+    flag = PriorityFlag(on_event=lambda kind, *_: kind == "park" and waited.append(kind))
+    flag.pause(BE, timeout_s=0.1)
+    with preemptible(flag), Engine(model, limits=LIMITS) as engine:
+        assert engine.submit(prompt(5), max_new_tokens=3).result(WAIT_S) == expected
+    assert waited == []
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99"])
+def test_the_users_default_device_is_not_the_engines(model, device):
+    with torch.device(device), Engine(model, limits=LIMITS) as engine:
+        handles = [engine.submit(prompt(n), max_new_tokens=3) for n in (5, 9)]
+        assert all(len(handle.result(WAIT_S)) == 3 for handle in handles)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_an_engine_that_gets_no_thread_gives_the_model_back(started):
+    model = make_preset("tiny")
+    before, start = choices(model), threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == f"qllm-{(FOREGROUND, BACKGROUND)[started]}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            Engine(model, limits=LIMITS)
+    assert choices(model) == before
+    with Engine(model, limits=LIMITS) as engine:
+        assert len(engine.submit(prompt(5), max_new_tokens=3).result(WAIT_S)) == 3
+
+
+# -- between threads -----------------------------------------------------------------------------------
+
+
+def test_a_pause_that_ends_while_the_lane_looks_for_work_keeps_nobody_waiting(model):
+    """The lane was told that its class is paused, found it running, and slept until some other request."""
+    with Engine(model, limits=LIMITS) as engine:
+        ask, looked = engine.scheduler.next, threading.Event()
+
+        def ask_then_resume(lane):
+            batch = ask(lane)
+            if lane == BACKGROUND and engine.flag.resume(BE, "absent") is False:
+                engine.flag.resume(BE, "test")
+                looked.set()
+            return batch
+
+        engine.scheduler.next = ask_then_resume
+        engine.flag.pause(BE, "test")
+        handle = engine.submit(prompt(5), max_new_tokens=3)
+        assert looked.wait(WAIT_S)
+        assert len(handle.result(5)) == 3
+
+
+def test_a_request_that_ages_while_its_class_is_paused_is_served(model):
+    """The foreground lane, which takes it then, slept until some other request came."""
+    with Engine(model, limits=Limits(kv_tokens=4096, aging_s=0.05)) as engine:
+        engine.flag.pause(BE, timeout_s=None)
+        assert len(engine.submit(prompt(5), max_new_tokens=3).result(5)) == 3
+        assert {span.lane for span in engine.log.spans} == {FOREGROUND}
+
+
+@pytest.mark.parametrize("lane", [FOREGROUND, BACKGROUND])
+def test_a_finalizer_that_cancels_inside_of_the_scheduler_harms_nobody(model, lane):
+    """Garbage is collected in any thread: that of a lane, while it makes a batch of the very request."""
+    with Engine(model, limits=LIMITS) as engine:
+        engine.flag.pause(BE, "test")
+        left, other = (
+            engine.submit(prompt(n), priority=LS if lane == FOREGROUND else BE, max_new_tokens=200)
+            for n in (40, 50)
+        )
+        admit = engine.scheduler._admit
+
+        def collect(ready, now):
+            if left.request in ready and threading.current_thread().name == f"qllm-{lane}":
+                left.cancel()
+            admit(ready, now)
+
+        engine.scheduler._admit = collect
+        engine.flag.resume(BE, "test")
+        with pytest.raises(RequestCancelled):
+            left.result(WAIT_S)
+        assert len(other.result(WAIT_S)) == 200
+        assert engine.drain(WAIT_S)
+        assert engine.scheduler.kv.free_tokens == LIMITS.kv_tokens
+
+
+def test_cancelling_waits_for_no_lock(model):
+    """A lane that has the engine's may wait for the flag's, which the thread has that collects garbage."""
+    with Engine(model, limits=LIMITS) as engine:
+        engine.flag.pause(BE, "test")
+        handle = engine.submit(prompt(5))
+        cancel = threading.Thread(target=handle.cancel)
+        with engine._changed:
+            cancel.start()
+            cancel.join(WAIT_S)
+            assert not cancel.is_alive()
+        with pytest.raises(RequestCancelled):
+            handle.result(WAIT_S)
+
+
+def test_an_urgent_pass_that_may_take_for_ever_does_not_end_the_other_lane(model):
+    limits = Limits(kv_tokens=4096, kv_reserve=512, pause_timeout_s=float("inf"))
+    with Engine(model, limits=limits) as engine:
+        run, behind = engine.runner.run, threading.Event()
+
+        def wait_in_front(batch, granularity):
+            if batch.lane == FOREGROUND:
+                engine.flag.release(BE)  # so that the other lane asks, and is told when to ask again
+                assert behind.wait(WAIT_S)
+            return run(batch, granularity)
+
+        def ask(lane, ask=engine.scheduler.next):
+            batch = ask(lane)
+            if lane == BACKGROUND and lane in engine.scheduler.wake_s:
+                behind.set()
+            return batch
+
+        engine.runner.run, engine.scheduler.next = wait_in_front, ask
+        handles = [engine.submit(prompt(5), priority=priority, max_new_tokens=2) for priority in (LS, BE)]
+        assert [len(handle.result(WAIT_S)) for handle in handles] == [2, 2]
+
+
 # -- memory --------------------------------------------------------------------------------------------
 
 
@@ -250,6 +404,36 @@ def test_a_closed_engine_holds_no_memory(model):
 # -- the end of it ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pause_of_the_users_keeps_no_engine_from_closing(model, again):
+    """A pause without a deadline, of which one pass stands still; and one that comes again and again."""
+    engine = Engine(model, limits=LIMITS)
+    handle = engine.submit(prompt(3000), max_new_tokens=2)
+    parked, closed = threading.Event(), threading.Event()
+    where = engine.log._parked
+    engine.log._parked = lambda now, place: (parked.set(), where(now, place))
+
+    def pause_again():
+        while not closed.is_set():
+            engine.flag.pause(BE, "test", timeout_s=None)
+            time.sleep(0.001)
+
+    while BACKGROUND not in engine.scheduler.running:
+        time.sleep(0.001)
+    engine.flag.pause(BE, "test", timeout_s=None)
+    assert parked.wait(WAIT_S)
+    pausing = threading.Thread(target=pause_again, daemon=True)
+    if again:
+        pausing.start()
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(WAIT_S)
+    closed.set()
+    assert not closing.is_alive()
+    with pytest.raises(RequestError, match="closed"):
+        handle.result(WAIT_S)
+
+
 def test_a_close_that_was_interrupted_can_be_finished(model, monkeypatch):
     """By Ctrl-C, while it waits for an iteration: the model must not stay with an engine that is no more."""
     before = choices(model)
@@ -265,6 +449,26 @@ def test_a_close_that_was_interrupted_can_be_finished(model, monkeypatch):
     engine.close()
     assert choices(model) == before
     Engine(model, limits=LIMITS).close()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # which is what this is about
+def test_a_fork_has_no_lanes_and_says_so(model):
+    """It waited for a lock that a lane had when the process was forked, or for a lane."""
+    with Engine(model, limits=LIMITS) as engine:
+        with engine._changed:
+            child = os.fork()
+            if not child:
+                signal.alarm(10)
+                code = 1
+                try:
+                    engine.submit(prompt(3))
+                except RuntimeError as error:
+                    engine.close()
+                    code = 0 if "of which this one is a fork" in str(error) else 2
+                finally:
+                    os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert len(engine.submit(prompt(3), max_new_tokens=2).result(WAIT_S)) == 2
 
 
 LEFT_OPEN = """

@@ -61,6 +61,20 @@ def test_a_class_runs_again_when_its_last_owner_lets_go():
     assert flag.resume(0, "b")  # not held: changes nothing
 
 
+def test_release_ends_the_pauses_of_all_owners_of_one_class():
+    flag = PriorityFlag(classes=3)
+    for owner in ("a", "b", None):
+        flag.pause(0, owner, timeout_s=None)
+    flag.pause(1)
+    flag.release(0)
+    assert flag.words.tolist() == [FULL, 0, FULL]
+    flag.release(0)  # harmless without one
+    flag.pause(0, "a")
+    assert flag.words.tolist() == [0, 0, FULL]
+    with pytest.raises(ValueError, match="priority must be an integer from 0 to 2, got 3"):
+        flag.release(3)
+
+
 def test_words_stay_at_one_address():
     """Kernels in flight poll the address they were given."""
     flag = PriorityFlag()

@@ -403,4 +403,4 @@ class VirtualEngine:
 
     def _aged(self, request: Request) -> bool:
         age = self.limits.aging_s
-        return age is not None and self.clock.now - request.arrival_s >= age
+        return age is not None and self.clock.now >= request.arrival_s + age
