@@ -6,6 +6,7 @@ import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import peers
 import torch
@@ -62,6 +63,8 @@ QUANTIZED_TOKENS = (1, 8, 32)
 ROUNDED = "fp8_activations"
 INVARIANT = "batch_invariant"
 """What ours with the option of that name is called among the implementations that are timed."""
+DEPENDENT = "dependent_launches"
+"""The same for ours with `qllm_ops.plan.DEPENDENT_LAUNCHES` the other way round, where the device can."""
 
 ROUNDED_ACTIVATIONS = 0.1
 """Largest error, relative to the peak, of a peer that rounds its activations to float8 where ours does not:
@@ -356,7 +359,8 @@ def compare(
         dense: the inputs with the weights before they were quantised: ours with those is timed, too, and
             how many times as long it takes is "times_faster_than_dense" of the row.
 
-    Ours is timed with `batch_invariant` as well: "batch_invariant_times_as_long" of the row.
+    Ours is timed with `batch_invariant` as well: "batch_invariant_times_as_long" of the row. Where launches
+    can be dependent ones, with those: "dependent_launches_times_as_long".
     With FP8 weights and hidden states of 16 bits ours is timed with `fp8_activations` as well, where the
     device has them: how many times faster that is, is "fp8_activations_faster" of the row, and what it
     changes "fp8_activations_rms", some 0.04.
@@ -388,6 +392,10 @@ def compare(
     timed[INVARIANT] = functools.partial(
         _every, [functools.partial(call, batch_invariant=True) for call in ours]
     )
+    if c.backend == "triton" and _may_be_dependent(c.device):
+        timed[DEPENDENT] = functools.partial(_dependent, ours)
+        if not torch.equal(timed[DEPENDENT]()[0], want):
+            raise AssertionError("dependent launches change the output")
     if dense is not None:
         timed[DENSE] = functools.partial(
             _every, [functools.partial(moe, *tensors, backend=c.backend) for tensors in dense]
@@ -411,6 +419,8 @@ def compare(
         if name != "qllm"
     }
     row["batch_invariant_times_as_long"] = ratio.pop(INVARIANT)
+    if DEPENDENT in ratio:
+        row["dependent_launches_times_as_long"] = ratio.pop(DEPENDENT)
     if DENSE in ratio:
         row["times_faster_than_dense"] = ratio.pop(DENSE)
     if ROUNDED in ratio:
@@ -449,9 +459,21 @@ def _as_called(
 
 
 @torch.inference_mode()
-def _every(layers: list[Call]) -> None:
-    for layer in layers:
-        layer()
+def _every(layers: list[Call]) -> list[object]:
+    return [layer() for layer in layers]
+
+
+def _may_be_dependent(device: torch.device) -> bool:
+    from qllm_ops.plan import DEPENDENT_ARCHS, arch_of
+
+    return arch_of(device) in DEPENDENT_ARCHS
+
+
+def _dependent(layers: list[Call]) -> list[object]:
+    from qllm_ops import plan
+
+    with mock.patch.object(plan, "DEPENDENT_LAUNCHES", not plan.DEPENDENT_LAUNCHES):
+        return _every(layers)
 
 
 def floor(shape: Shape, inputs: list[Tensors], bandwidth: float, rate: float) -> dict[str, Any]:
@@ -473,6 +495,8 @@ def speed_line(row: dict[str, Any]) -> str:
     parts += [f"{peer} {ratio['p50']:.2f}x" for peer, ratio in row["ratio"].items()]
     if "times_faster_than_dense" in row:
         parts.append(f"{DENSE} {row['times_faster_than_dense']['p50']:.2f}x")
+    if DEPENDENT + "_times_as_long" in row:
+        parts.append(f"dependent launches {row[DEPENDENT + '_times_as_long']['p50']:.2f}x as long")
     called = row.get("host_us", {}).get("qllm")
     parts += [f"as called {called['p50']:.0f} us"] if called else []
     return ", ".join(parts) + (" THE OUTPUTS DIFFER" if row.get("differ") else "")

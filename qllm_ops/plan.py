@@ -28,6 +28,13 @@ INVARIANT_ROWS = 64
 the weights of a decode batch faster than they multiply, and use the matrix units of a prefill."""
 
 
+DEPENDENT_LAUNCHES = False
+"""Whether a kernel is launched before the one before it has ended (programmatic dependent launch), on devices
+that can. Not as long as no card has shown that it pays: `perf/gpu_check.py` times both."""
+
+DEPENDENT_ARCHS = ("sm_90", "sm_90_h100", "sm_100")
+
+
 class Quantized(NamedTuple):
     """How a quantised weight lies in memory, and how it is widened."""
 
@@ -63,6 +70,7 @@ class Signature(NamedTuple):
     weights_on_input: bool
     batch_invariant: bool
     max_exit_us: float
+    dependent_launches: bool
 
 
 def signature_of(x: MoeInputs) -> Signature:
@@ -90,6 +98,7 @@ def signature_of(x: MoeInputs) -> Signature:
         x.weights_on_input,
         x.batch_invariant,
         x.max_exit_us,
+        DEPENDENT_LAUNCHES and arch_of(device) in DEPENDENT_ARCHS,
     )
 
 
@@ -274,7 +283,8 @@ class Plan:
             "SLOTS": self.slots,
             "COUNT": count,
         }
-        return Launch(kernels.route, 1, constants, {"num_warps": 8, "enable_fp_fusion": True})
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        return self._make(kernels.route, 1, constants, options)
 
     def _make_launch(self, phase: Phase, poll: bool) -> Launch:
         x, config = self.signature, self.tiles[phase.kernel]
@@ -311,7 +321,15 @@ class Plan:
         else:
             constants |= {"num_tokens": x.num_tokens, "TOP_K": x.top_k, **chunk}
         options = compile_options(config, x.dtype, arch_of(x.device))
-        return Launch(getattr(kernels, phase.kernel), self.programs(phase), constants, options)
+        return self._make(getattr(kernels, phase.kernel), self.programs(phase), constants, options)
+
+    def _make(
+        self, kernel: Any, programs: int, constants: dict[str, object], options: dict[str, object]
+    ) -> Launch:
+        dependent = self.signature.dependent_launches
+        if dependent:
+            options = {**options, "launch_pdl": True}
+        return Launch(kernel, programs, {**constants, "DEPENDENT": dependent}, options)
 
     def _weights(self, kernel: str, rows: int, length: int) -> dict[str, object]:
         """How a product reads an expert's (rows, length) weights."""

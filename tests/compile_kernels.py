@@ -110,6 +110,7 @@ def compile_kernel(request: dict, directory: Path) -> dict:
         "SPLIT_K": config.split_k, "TOP_K": request.get("top_k", 8), "STAGES": config.num_stages,
         "EXIT_K": config.exit_k, "SLOTS": 512 if config.exit_k else 0,
         "THREADS": 32 * config.num_warps,
+        "DEPENDENT": request.get("dependent", False),
         **LAYOUTS[request.get("layout", "plain")],
     }  # fmt: skip
     quantized, scale = FORMATS[request.get("format")]

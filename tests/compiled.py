@@ -37,6 +37,7 @@ def compute(request: dict) -> dict:
     with (
         mock.patch.object(plan_module, "arch_of", return_value=arch),
         mock.patch.object(plan_module, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(plan_module, "DEPENDENT_LAUNCHES", True),
         poisoned_empty(),
     ):
         return examine(device, *CASES[request["name"]])

@@ -187,8 +187,8 @@ class Threads:
 
         if name.startswith("cp.async"):
             self.copy_ahead(name, operands, active)
-        elif base == "bar":
-            pass  # They are together, and go in step.
+        elif base in ("bar", "griddepcontrol"):
+            pass  # They are together, and go in step; and the previous launch has ended.
         elif base in ("atom", "red"):
             self.change(base, modifiers, operands, active)
         elif base == "shfl":

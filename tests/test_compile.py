@@ -21,7 +21,7 @@ from qllm_ops.quantized import W8A8
 from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, layer_configs, shared_bytes, shipped_configs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VARIANTS = (("sass", True), ("has_flag", False), ("even", False))
+VARIANTS = (("sass", True), ("has_flag", False), ("even", False), ("dependent", True))
 PRODUCTS = ("gate_up", "down")
 nvidia = pytest.mark.parametrize("arch", ["sm_100", "sm_90", "sm_90_h100", "sm_80", "sm_89"])
 # sm_89: float8 by float8 only; an H100: what it has beside an H200's
@@ -65,6 +65,9 @@ def requests(arch: str) -> list[dict]:
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
     chosen += float8_requests(arch) if arch == "sm_90" else []
     routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
+    if arch == "sm_90":
+        combine = next(request for request in chosen if request["kernel"] == "combine")
+        routes += [{**request, "dependent": True} for request in (routes[0], combine)]
     return [*chosen, *quantized_requests(arch), *routes]
 
 
@@ -230,6 +233,21 @@ def test_one_thread_polls_while_a_tile_is_stored(compiled, arch):
         assert all(re.search(r"@%p\d+ *$", ptx[: found.start()]) for found in POLL.finditer(ptx)), name(
             record
         )
+
+
+def test_a_dependent_launch_waits_before_it_looks_at_memory(compiled):
+    records = compiled("sm_90")
+    dependent = select(records, (*PHASES, "route"), dependent=(False, True))
+    assert {record["kernel"] for record in dependent} == {*PHASES, "route"}
+    for record in dependent:
+        ptx = Path(record["ptx"]).read_text()
+        (wait,) = re.finditer(r"griddepcontrol\.wait", ptx)
+        (launch,) = re.finditer(r"griddepcontrol\.launch_dependents", ptx)
+        first = re.search(r"\b(ld|st|atom|red|cp\.async)\S*global", ptx)
+        assert wait.start() < launch.start() < first.start(), name(record)
+        assert not re.search(r"\bbra\b", ptx[: launch.start()]), f"{name(record)}: some threads may not wait"
+    for record in select(records, (*PHASES, "route"), dependent=(False, False)):
+        assert "griddepcontrol" not in Path(record["ptx"]).read_text(), name(record)
 
 
 def test_without_a_flag_the_poll_is_gone_and_nothing_else(compiled):

@@ -223,6 +223,31 @@ def test_flips_at_random_change_no_bit(seed):
     assert left_early > 0
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="from 9.0 on"
+)
+@pytest.mark.parametrize("tokens", [1, 40, 600, 3000])
+def test_dependent_launches_change_no_bit(tokens, monkeypatch):
+    """Layers one after another, each reading what the one before has just written, and while it is paused."""
+
+    def chain(flag=None):
+        x = layers[0].hidden_states
+        for inputs in layers * 5:
+            x = moe(**{**vars(inputs), "hidden_states": x}, backend="triton", flag=flag)
+            x = F.layer_norm(x, x.shape[-1:])
+        return x
+
+    layers = [layer(tokens, 512, 768, 8, 2, seed=seed) for seed in range(3)]
+    monkeypatch.setattr("qllm_ops.plan.DEPENDENT_LAUNCHES", False)
+    expected = chain()
+    monkeypatch.setattr("qllm_ops.plan.DEPENDENT_LAUNCHES", True)
+    assert plan_of(layers[0]).signature.dependent_launches
+    assert torch.equal(chain(), expected)
+    flag = PriorityFlag("cuda")
+    with flipped(flag, tokens):
+        assert torch.equal(chain(flag), expected)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_tiles_that_are_given_back_are_computed_once(seed):
     """Tickets pass through slots while programs come, leave and take: none is lost, none is done twice."""

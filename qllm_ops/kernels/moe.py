@@ -25,6 +25,7 @@ run without any effect on how it is compiled; then what `qllm_ops.plan` decides.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qllm_ops.kernels.quantized import (
     CHUNK,
@@ -55,6 +56,18 @@ from qllm_ops.kernels.tickets import (
 # Row blocks of one expert that run side by side share a block of weights through the L2 cache; beyond
 # this many, the activations of the group would in turn be read from memory once per block of weights.
 GROUP_M = tl.constexpr(16)
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """To be called before anything else by a kernel that may be launched before the previous one has ended.
+
+    Programmatic dependent launch: returns when all that the previous launch wrote can be read, and lets the
+    next one begin. Its programs wait here, on what these leave of a multiprocessor.
+    """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -261,8 +274,10 @@ def route(
     BLOCK_E: tl.constexpr,  # power of two, at least E + 1
     SLOTS: tl.constexpr,
     COUNT: tl.constexpr,  # 0, or a power of two and at least P: sort them here
+    DEPENDENT: tl.constexpr,
 ):
-    """Write the state of a run that has not begun. One program, of no class: it never waits."""
+    """Write the state of a run that has not begun. One program, of no class: it never waits for a flag."""
+    wait_for_previous(DEPENDENT)
     experts = tl.arange(0, BLOCK_E)
     known = experts < num_experts
     if COUNT > 0:
@@ -390,6 +405,7 @@ def gate_up(
     SCALED: tl.constexpr,
     HAS_FLAG: tl.constexpr,
     THREADS: tl.constexpr,  # of a program
+    DEPENDENT: tl.constexpr,  # as in wait_for_previous
     EVEN: tl.constexpr,  # hidden_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # half as many as there are rows of weights in a tile
@@ -403,6 +419,7 @@ def gate_up(
     returned_ptr = offsets_ptr + 3 * (num_experts + 1)
     n_blocks = tl.cdiv(weight_rows, 2 * BLOCK_N)
     out_columns = weight_rows if PAIRS == "none" else weight_rows // 2
+    wait_for_previous(DEPENDENT)
     first_poll = begin_poll(flag_ptr, HAS_FLAG, THREADS)
     end = last_ticket(state_ptr, 0)
     done = 0
@@ -519,7 +536,8 @@ def down(
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
-    THREADS: tl.constexpr,  # of a program
+    THREADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     EVEN: tl.constexpr,  # every part of intermediate_size is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -535,6 +553,7 @@ def down(
     returned_ptr = offsets_ptr + 3 * (num_experts + 1)
     n_blocks = tl.cdiv(chunk_size, BLOCK_N) * SPLIT_K
     part_size = tl.cdiv(tl.cdiv(intermediate_size, SPLIT_K), BLOCK_K) * BLOCK_K
+    wait_for_previous(DEPENDENT)
     first_poll = begin_poll(flag_ptr, HAS_FLAG, THREADS)
     end = last_ticket(state_ptr, phase)
     done = 0
@@ -623,12 +642,14 @@ def combine(
     partial_width,
     HAS_FLAG: tl.constexpr,
     THREADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
     n_blocks = tl.cdiv(chunk_size, BLOCK_N)
+    wait_for_previous(DEPENDENT)
     first_poll = begin_poll(flag_ptr, HAS_FLAG, THREADS)
     end = last_ticket(state_ptr, phase)
     done = 0
