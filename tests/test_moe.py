@@ -305,6 +305,14 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
             call(**CASE.tensors(), backend="triton")
 
 
+def test_an_interpreter_that_does_not_run_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys.modules["qllm_ops.moe"], "_interpreter_problem", lambda: "it is old")
+    for call in (moe, MoeRun):
+        with pytest.raises(ValueError, match=r'backend="triton" cannot run on a CPU here: it is old'):
+            call(**CASE.tensors(), backend="triton")
+
+
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(sys.modules["qllm_ops.moe"], "_triton_installed", lambda: False)
     with pytest.raises(ValueError, match="package triton, which is not installed"):
