@@ -332,7 +332,7 @@ def first_row(sorted_ptr, num_pairs, experts, BLOCK_E: tl.constexpr):
     high = low + num_pairs
     left = num_pairs
     while left > 0:
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2  # low + high may be more than 32 bits
         searching = low < high
         below = tl.load(sorted_ptr + middle, mask=searching, other=0).to(tl.int64) < experts
         low = tl.where(searching & below, middle + 1, low)
