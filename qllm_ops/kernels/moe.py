@@ -35,6 +35,7 @@ from qllm_ops.kernels.quantized import (
     in_chunks,
     narrow,
     quantized_rows,
+    to_float32,
     weights_first,
     zero_rows,
 )
@@ -202,7 +203,7 @@ def add_products(
             else:
                 b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None], other=0.0)
             if INTERPRETED:
-                a, b = a.to(tl.float32), b.to(tl.float32)
+                a, b = to_float32(a), to_float32(b)
             sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
 
@@ -633,7 +634,7 @@ def combine(
             for part in tl.static_range(SPLIT_K):
                 rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * partial_width
                 term = tl.load(partial_ptr + rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
-                value += term.to(tl.float32)
+                value += to_float32(term)
             sums += weights[:, None] * value
         tl.store(
             output_ptr + tokens[:, None] * hidden_size + (chunk_begin + columns)[None, :],
