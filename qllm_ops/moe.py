@@ -57,7 +57,8 @@ def moe(
 
     The sum over k is taken in increasing k, in float32, and rounded once. No argument is changed. Autocast
     changes nothing, for functions of yours neither. There is no backward pass: where an argument requires a
-    gradient, the output does as well in grad mode, and asking for it raises NotImplementedError.
+    gradient, the output does as well in grad mode, and asking for it raises NotImplementedError. So does an
+    argument with a tangent (torch.autograd.forward_ad).
 
     Args:
         hidden_states: (T, H), float32, bfloat16 or float16. T may be 0.
