@@ -132,7 +132,7 @@ class TritonMoe:
             if self._flag is not None:
                 self._flag.fence()
             if max_tiles is not None:
-                self._state[:1].fill_(max_tiles)
+                self._state[:1].fill_(min(max_tiles, FULL))
             for phases, apply in self._stages:
                 for phase in phases:
                     if self._totals is None or self._done[phase.number] < self._totals[phase.number]:

@@ -345,6 +345,14 @@ def test_flag_on_another_device():
             call(**CASE.tensors(), flag=flag)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_tiles", [2**31 - 1, 2**31, 2**63])
+def test_a_quantum_of_more_tiles_than_there_can_be(backend, max_tiles):
+    run = MoeRun(**CASE.tensors(), backend=backend)
+    assert run.step(max_tiles)
+    assert_same_bits(run.output, moe(**CASE.tensors(), backend=backend))
+
+
 @pytest.mark.parametrize("max_tiles", [0, -1, 1.5, True, "all"])
 def test_bad_quantum(max_tiles):
     run = MoeRun(**CASE.tensors())
