@@ -7,7 +7,9 @@ would take longer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
 from qllm_ops.kernels import tickets
 from qllm_ops.kernels.by_two import by_two
+from qllm_ops.kernels.quantized import INTERPRETED
 from qllm_ops.quantized import W8A8, QuantizedWeight
 from qllm_ops.tiles import TileConfig, compile_options, layer_configs, partial_width
 
@@ -180,7 +183,12 @@ class Launch:
         return compiled
 
     def _by_triton(self, tensors: Sequence[torch.Tensor | None], others: Sequence[object]) -> Any:
-        return self._kernel[(self.programs,)](*tensors, *others, **self._constants, **self._options)
+        with _TURN:
+            return self._kernel[(self.programs,)](*tensors, *others, **self._constants, **self._options)
+
+
+_TURN = threading.RLock() if INTERPRETED.value else contextlib.nullcontext()
+"""Triton's interpreter keeps which program runs, and what it patches, in variables of the process."""
 
 
 class Plan:

@@ -5,6 +5,7 @@ What a flag, a quantum, a share and a gate do to a run, and to no bit of its out
 
 import os
 import random
+import sys
 import threading
 import time
 from unittest import mock
@@ -327,3 +328,28 @@ def test_a_thread_that_flips_the_flag_at_random_changes_no_bit(seed, gate):
     finally:
         finished.set()
         thread.join()
+
+
+def test_threads_take_turns_in_the_interpreter():
+    """It has one program at a time: of two that ran at once, each would take the other's number."""
+    inputs = [layer(2 + seed, seed=seed) for seed in range(2)]
+    expected = [uninterrupted(each) for each in inputs]
+    outputs, together = {}, threading.Barrier(2)
+
+    def compute(number):
+        together.wait(10)
+        outputs[number] = uninterrupted(inputs[number])
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(2)]
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert sorted(outputs) == [0, 1]
+    for number, output in outputs.items():
+        assert torch.equal(output, expected[number])
