@@ -22,7 +22,7 @@ from qllm_ops.inputs import check_inputs
 from qllm_ops.kernels import tickets
 from qllm_ops.plan import plan_of, signature_of, tiles_for
 from qllm_ops.quantized import QuantizedWeight
-from qllm_ops.testing import CLAMPED, QUANTIZED, in_float32, own_gate, own_norm, quantize
+from qllm_ops.testing import CLAMPED, QUANTIZED, assert_same_bits, in_float32, own_gate, own_norm, quantize
 from qllm_ops.tiles import TileConfig
 from qllm_ops.triton_moe import TritonMoe
 
@@ -65,6 +65,27 @@ def elements(matrix: torch.Tensor, rows, columns: int | None = None) -> np.ndarr
     columns = np.arange(matrix.shape[1] if columns is None else columns)
     offsets = (np.array(list(rows), dtype=np.int64)[:, None] * matrix.shape[1] + columns).reshape(-1)
     return (offsets * matrix.element_size() + matrix.data_ptr()).astype(np.uint64)
+
+
+@given(layers(fused=True), st.sampled_from(TILES))
+def test_what_lies_around_the_arguments_reaches_no_result(inputs, tiles):
+    moved = {}
+    for name, x in vars(inputs).items():
+        if isinstance(x, torch.Tensor):
+            moved[name] = among_nan(x)
+        elif isinstance(x, QuantizedWeight):
+            rest = x.scales, x.format, x.block, x.columns, x.zeros, x.largest
+            moved[name] = QuantizedWeight.checked(among_nan(x.values), *rest)
+    moved = replace(inputs, **moved)
+    assert_same_bits(uninterrupted(moved, tiles), uninterrupted(inputs, tiles))
+    assert_same_bits(moe(**vars(moved), backend="torch"), moe(**vars(inputs), backend="torch"))
+
+
+def among_nan(x: torch.Tensor) -> torch.Tensor:
+    """A copy between bytes of 255, which are NaN in every dtype. Aligned as tensors of their own are."""
+    around = torch.full((x.nbytes + 192,), 255, dtype=torch.uint8)
+    start = 64 - around.data_ptr() % 64
+    return around[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
