@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 
 import torch
+from torch.torch_version import TorchVersion
 
 from qllm_ops.quantized import W8A8
 from qllm_ops.tiles import MULTIPROCESSORS, TileConfig, dtype_name, shared_bytes
@@ -78,6 +79,16 @@ def without_float8(device: torch.device) -> str | None:
         f"fp8_activations=True needs compute capability {_dotted(FLOAT8_CAPABILITY)} or newer (products of "
         f"float8_e4m3fn), {_describe(device)} has {_dotted(capability)}; {instead}"
     )
+
+
+def broken_interpreter(triton: str, numpy: str) -> str | None:
+    """Why the interpreter of this Triton does not run with this NumPy, by their versions; None if it does."""
+    if TorchVersion(triton) < "3.7" and TorchVersion(numpy) >= "2.4":
+        return (
+            f"the interpreter of triton {triton} does not run with numpy {numpy}: it needs triton 3.7 or "
+            "newer, or a numpy below 2.4"
+        )
+    return None
 
 
 def fit_shared(

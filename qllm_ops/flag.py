@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import threading
 import time
 import weakref
@@ -64,7 +65,8 @@ class PriorityFlag:
         on_event: called as ``on_event(kind, priority, time)`` under the flag's lock, so it must be
             quick and must not call back. Kinds: "pause" and "resume" (the class stopped or started
             being paused), "expire" (a pause ended by its deadline), "park" and "unpark" (a thread
-            stands still in :meth:`wait`).
+            stands still in :meth:`wait`). Words are written before it is called; what it raises reaches
+            whoever called the flag.
         writer: how a word in CUDA memory is written: "stream" (``cuStreamWriteValue32`` through
             cuda-bindings), "copy" (a copy from pinned memory), or None for the first that works.
             Neither needs a free multiprocessor, which a kernel such as ``fill_`` would.
@@ -177,7 +179,9 @@ class PriorityFlag:
             self._expire(now)
             if owner in self._owners[c]:
                 del self._owners[c][owner]
-                self._resumed(c, now)
+                if not self._owners[c]:
+                    self._publish(c)
+                    self._on_event("resume", c, now)
             return not self._owners[c]
 
     def release(self, priority: int) -> None:
@@ -210,13 +214,11 @@ class PriorityFlag:
         """
         c = self._check(priority)
         owner = _Urgent(threading.get_ident())
-        try:
+        with contextlib.ExitStack() as resumes:  # It goes on with the others when one raises.
             for lower in range(c):
+                resumes.callback(self.resume, lower, owner)
                 self.pause(lower, owner, timeout_s=timeout_s)
             yield
-        finally:
-            for lower in range(c):
-                self.resume(lower, owner)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -310,22 +312,21 @@ class PriorityFlag:
         self._write_word(c, self._value(c))
         self._changed.notify_all()
 
-    def _resumed(self, c: int, now: float) -> None:
-        if not self._owners[c]:
-            self._publish(c)
-            self._on_event("resume", c, now)
-
     def _expire(self, now: float) -> int:
-        count = 0
+        count, events = 0, []
         for c, owners in enumerate(self._owners):
             late = [owner for owner, deadline in owners.items() if deadline is not None and now >= deadline]
             for owner in late:
                 del owners[owner]
-                self._on_event("expire", c, now)
-            if late:
-                self._resumed(c, now)
+                events.append(("expire", c))
+            if late and not owners:
+                self._publish(c)
+                events.append(("resume", c))
             count += len(late)
         self.expired += count
+        # Last: one that raises would leave a word at 0 that nobody pauses.
+        for kind, c in events:
+            self._on_event(kind, c, now)
         return count
 
     def _check_not_own(self, c: int) -> None:
@@ -370,7 +371,10 @@ def _watch(reference: weakref.ref[PriorityFlag]) -> None:
         changed = flag._changed
         with changed:
             now = flag._clock()
-            flag._expire(now)
+            try:
+                flag._expire(now)
+            except Exception:  # of the user's on_event: streams that wait would have nobody any more
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
             deadlines = (t for owners in flag._owners for t in owners.values() if t is not None)
             # Looks now and then, too: the clock may be a test's, and the flag may be gone.
             wait_s = min(max(min(deadlines, default=now + WATCH_S) - now, 0.0005), WATCH_S)
@@ -412,11 +416,12 @@ class _CudaWords:
         self.context = self._checked(driver.cuDevicePrimaryCtxRetain(self.words.device.index))
         # A stream that is nobody else's. torch hands out the same 32 again and again: a resume on one of them
         # might queue behind the very wait that it has to end.
-        spare = SPARE_STREAMS.setdefault(self.words.device.index, [])
-        if not spare:
+        try:  # Looking first whether there is one would be a race with flags of other threads.
+            stream = SPARE_STREAMS.setdefault(self.words.device.index, []).pop()
+        except IndexError:
             handle = self._call("cuStreamCreateWithPriority", NON_BLOCKING, priority)
-            spare.append(torch.cuda.ExternalStream(int(handle), device=self.words.device))
-        self._use(spare.pop())
+            stream = torch.cuda.ExternalStream(int(handle), device=self.words.device)
+        self._use(stream)
         self.own = True
         self._enqueue("cuStreamWriteValue32", self.stream, 0, FULL)
         if gate == "stream":

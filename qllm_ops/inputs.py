@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qllm_ops.activation import AnyActivation, as_activation
 from qllm_ops.invariant import is_batch_invariant
-from qllm_ops.modes import in_memory
+from qllm_ops.modes import in_memory, refuse_tangents
 from qllm_ops.quantized import ROW_GROUP, W8A8, QuantizedWeight
 from qllm_ops.tiles import EXIT_US, check_max_exit_us
 
@@ -113,6 +113,7 @@ def check_inputs(
     Gradients are not recorded: every tensor is detached. Parameters may require a gradient.
 
     Raises:
+        NotImplementedError: a tensor has a tangent, of torch.autograd.forward_ad.
         RuntimeError: inside of a transform of torch.func, which gives tensors that are none.
         TypeError: an argument is no dense tensor, or has a dtype that is not supported; one weight is
             quantised and the other is not, or otherwise.
@@ -147,6 +148,7 @@ def check_inputs(
         tensors["gate_up_bias"] = gate_up_bias
     if down_bias is not None:
         tensors["down_bias"] = down_bias
+    refuse_tangents(tensors)
     layouts = _layouts(gated, transposed)
     quantized = [name for name in WEIGHTS if isinstance(tensors[name], QuantizedWeight)]
     for name, tensor in tensors.items():
@@ -210,6 +212,8 @@ def _check_tensor(name: str, tensor: Tensor, layout: str) -> None:
         raise TypeError(f"{name} must be a tensor of shape {layout}, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if hasattr(tensor, "__tensor_flatten__"):  # of a DTensor and others that only wrap tensors
+        raise TypeError(f"{name} must have its numbers in memory, got a {type(tensor).__name__}")
     if tensor.dim() != (rank := layout.count(",") + 1):
         raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(tensor.shape)}")
 

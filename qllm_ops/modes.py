@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 NO_GRADIENT = (
     "qllm_ops.moe is for inference and has no backward pass; call it inside of torch.no_grad(), or train a "
     "model with its own experts (qllm_ops.models.uninstall)"
 )
+
+NO_TANGENT = "qllm_ops.moe is for inference and has no forward-mode derivative (torch.autograd.forward_ad)"
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -53,6 +56,15 @@ def asked_for_gradients(tensors: Iterable[object], functions: Iterable[object] =
     modules = (getattr(function, "__self__", function) for function in functions)
     parameters = (x for module in modules if isinstance(module, torch.nn.Module) for x in module.parameters())
     return tuple(x for some in (tensors, parameters) for x in some if getattr(x, "requires_grad", False))
+
+
+def refuse_tangents(tensors: Mapping[str, object]) -> None:
+    """Raise for a tensor with a tangent, of forward-mode differentiation, which would be dropped."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{NO_TANGENT}, got {name} with a tangent")
 
 
 @torch.library.custom_op("qllm_ops::refused_gradient", mutates_args=())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qllm_ops.activation import Activation, AnyActivation
 from qllm_ops.arguments import is_integer
-from qllm_ops.device import unsupported
+from qllm_ops.device import broken_interpreter, unsupported
 from qllm_ops.flag import PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight, check_inputs
 from qllm_ops.library import kept, recorded, traced, uncompiled
@@ -57,7 +57,8 @@ def moe(
 
     The sum over k is taken in increasing k, in float32, and rounded once. No argument is changed. Autocast
     changes nothing, for functions of yours neither. There is no backward pass: where an argument requires a
-    gradient, the output does as well in grad mode, and asking for it raises NotImplementedError.
+    gradient, the output does as well in grad mode, and asking for it raises NotImplementedError. So does an
+    argument with a tangent (torch.autograd.forward_ad).
 
     Args:
         hidden_states: (T, H), float32, bfloat16 or float16. T may be 0.
@@ -428,12 +429,22 @@ def _choose(backend: str, inputs: MoeInputs) -> str:
                 f'backend="triton" needs CUDA tensors, got {inputs.hidden_states.device}; on a CPU it works '
                 "only in Triton's interpreter (set TRITON_INTERPRET=1 before Python starts)"
             )
+        if not on_gpu and (problem := _interpreter_problem()):
+            raise ValueError(f'backend="triton" cannot run on a CPU here: {problem}')
     return backend
 
 
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreter_problem() -> str | None:
+    import numpy
+    import triton
+
+    return broken_interpreter(triton.__version__, numpy.__version__)
 
 
 def _backend_class(backend: str) -> Any:

@@ -7,7 +7,9 @@ would take longer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,12 +22,21 @@ from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import moe as kernels
 from qllm_ops.kernels import tickets
 from qllm_ops.kernels.by_two import by_two
+from qllm_ops.kernels.quantized import INTERPRETED
 from qllm_ops.quantized import W8A8, QuantizedWeight
 from qllm_ops.tiles import TileConfig, compile_options, layer_configs, partial_width
 
 INVARIANT_ROWS = 64
 """Rows per expert for which tiles are chosen that must be the same for every batch: 64 rows still read
 the weights of a decode batch faster than they multiply, and use the matrix units of a prefill."""
+
+MOST_COUNTED = 2**31 - 2**16
+"""Most pairs, rows and columns of weights, and tiles of a phase: kernels count them in 32 bits, up to a tile
+or, of tickets, the programs of some launches past the last."""
+
+MOST_EXPERTS = 2**16 - 1
+"""One program counts the pairs of all experts, 16 at a time, in a tensor of at most 2 ** 20 numbers: Triton's
+limit."""
 
 
 DEPENDENT_LAUNCHES = False
@@ -181,7 +192,12 @@ class Launch:
         return compiled
 
     def _by_triton(self, tensors: Sequence[torch.Tensor | None], others: Sequence[object]) -> Any:
-        return self._kernel[(self.programs,)](*tensors, *others, **self._constants, **self._options)
+        with _TURN:
+            return self._kernel[(self.programs,)](*tensors, *others, **self._constants, **self._options)
+
+
+_TURN = threading.RLock() if INTERPRETED.value else contextlib.nullcontext()
+"""Triton's interpreter keeps which program runs, and what it patches, in variables of the process."""
 
 
 class Plan:
@@ -214,6 +230,7 @@ class Plan:
         self.partial_dtype = torch.float32 if rounded or x.expert_norm else x.dtype
         self.width = width or self._columns_at_once()
         self.phases = cut_into_phases(x.hidden_size, x.intermediate_size, self.width)
+        self._check_sizes()
         self.slots = self._slots()
         self.state_words = tickets.OFFSETS.value + 3 * (x.num_experts + 1) + self.slots
         self._block_e = max(16, next_power_of_2(x.num_experts + 1))
@@ -234,6 +251,10 @@ class Plan:
 
     def programs(self, phase: Phase) -> int:
         """As many as stay resident, or as tiles there may be. From T only, whatever the routing."""
+        resident = self.tiles[phase.kernel].programs_per_sm * multiprocessors(self.signature.device)
+        return min(self._most_tiles(phase), resident)
+
+    def _most_tiles(self, phase: Phase) -> int:
         x, config = self.signature, self.tiles[phase.kernel]
         if phase.kernel == "combine":
             row_blocks, columns = ceil_div(x.num_tokens, config.block_m), phase.size
@@ -241,8 +262,22 @@ class Plan:
             # Full blocks, and at most one more for each expert that has a row.
             row_blocks = self.pairs // config.block_m + min(x.num_experts, self.pairs)
             columns = ceil_div(x.gate_up_size, 2) if phase.kernel == "gate_up" else phase.size
-        tiles = row_blocks * ceil_div(columns, config.block_n) * config.split_k
-        return min(tiles, config.programs_per_sm * multiprocessors(x.device))
+        return row_blocks * ceil_div(columns, config.block_n) * config.split_k
+
+    def _check_sizes(self) -> None:
+        """Refuse what kernels cannot count. Offsets have 64 bits, but for those in transposed weights."""
+        x = self.signature
+        inside = x.gate_up_size * x.hidden_size if x.transposed else 0
+        for name, what, got, most in (
+            ("top_k_index", "pairs of a token and an expert (T * K)", self.pairs, MOST_COUNTED),
+            ("hidden_states", "columns (H)", x.hidden_size, MOST_COUNTED),
+            ("gate_up_proj", "rows of an expert (2I)", x.gate_up_size, MOST_COUNTED),
+            ("gate_up_proj", "numbers of an expert (H * 2I) if transposed", inside, MOST_COUNTED),
+            ("down_proj", "experts (E)", x.num_experts, MOST_EXPERTS),
+            ("hidden_states", "tiles of a phase", max(map(self._most_tiles, self.phases)), MOST_COUNTED),
+        ):
+            if got > most:
+                raise ValueError(f'{name} must have at most {most} {what} for backend="triton", got {got}')
 
     def _columns_at_once(self) -> int:
         x = self.signature

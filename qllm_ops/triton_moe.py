@@ -112,7 +112,15 @@ class TritonMoe:
         """One launch of every phase that has tiles left; waits for it. True when all tiles are done.
 
         The tiles of a quantum are the next ones in order, the phases one after another.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, which cannot wait.
         """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                'a step waits for the device, and so does moe with a flag of gate="host"; in a CUDA graph '
+                'take moe without a flag, or with PriorityFlag(gate="stream")'
+            )
         if self._flag is not None:
             self._flag.expire()
         if self._unread:
@@ -124,7 +132,7 @@ class TritonMoe:
             if self._flag is not None:
                 self._flag.fence()
             if max_tiles is not None:
-                self._state[:1].fill_(max_tiles)
+                self._state[:1].fill_(min(max_tiles, FULL))
             for phases, apply in self._stages:
                 for phase in phases:
                     if self._totals is None or self._done[phase.number] < self._totals[phase.number]:
@@ -174,7 +182,8 @@ class TritonMoe:
     def tiles_total(self) -> int:
         """Tiles of all phases. They depend on the routing, so the first look waits for the device."""
         if self._totals is None:
-            self._read()
+            # And no more: another thread may be in a step, whose tiles count when it has returned.
+            self._totals = self._of_phases(self._words(), tickets.TOTAL.value)
         return sum(self._totals)
 
     @property
@@ -283,13 +292,19 @@ class TritonMoe:
         """Wait for the current stream and learn how far the phases are."""
         if self.inputs.num_tokens == 0:
             return
-        with self._on_device():
-            self._catch_up()
-            words = self._state[: tickets.OFFSETS.value].tolist()
-        done, total, count = tickets.DONE.value, tickets.TOTAL.value, len(self.plan.phases)
-        self._done, self._totals = tuple(words[done : done + count]), tuple(words[total : total + count])
+        words = self._words()
+        self._done = self._of_phases(words, tickets.DONE.value)
+        self._totals = self._of_phases(words, tickets.TOTAL.value)
         self._given_back = words[tickets.GIVEN_BACK.value]
         self._unread = False
+
+    def _words(self) -> list[int]:
+        with self._on_device():
+            self._catch_up()
+            return self._state[: tickets.OFFSETS.value].tolist()
+
+    def _of_phases(self, words: list[int], first: int) -> tuple[int, ...]:
+        return tuple(words[first : first + len(self.plan.phases)])
 
     def _rewind(self, finished: int = 0) -> None:
         """Back to where the first phases are finished and the others not begun, for measurements.

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qllm_ops import MoeRun, PriorityFlag, moe, moe_reference, openmp
+from qllm_ops.device import broken_interpreter
 from qllm_ops.scheduler import flash
 from qllm_ops.scheduler.report import device_meta
 
@@ -360,10 +361,8 @@ def _interpreted() -> Iterator[Check]:
     if triton is None:
         yield Check(name, None, "not tested, triton is not installed")
         return
-    if Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
-        yield Check(
-            name, None, f"not tested, that of triton {triton} does not run with numpy {numpy} (2.4 on)"
-        )
+    if problem := broken_interpreter(triton, numpy):
+        yield Check(name, None, f"not tested, {problem}")
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "qllm_ops.scheduler.doctor"]

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 TYPES = {
@@ -567,9 +568,16 @@ def launch(
 
 @contextmanager
 def emulated():
-    """Triton's interpreter with inline assembly."""
-    with mock.patch.object(InterpreterBuilder, "create_inline_asm", _create_inline_asm):
+    """Triton's interpreter with inline assembly, and with constants of bfloat16, which 3.9 brought."""
+    with (
+        mock.patch.object(InterpreterBuilder, "create_inline_asm", _create_inline_asm),
+        mock.patch.object(InterpreterBuilder, "get_bf16", _get_bf16, create=True),
+    ):
         yield
+
+
+def _get_bf16(self, value):
+    return TensorHandle(round_to_bits(np.array([value]), "bf16"), tl.bfloat16)
 
 
 class _Results:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tile_layers import DTYPES, MIXTRAL, archs, dtypes, model_layers
 
 from qllm_ops import device as module
-from qllm_ops.device import arch_of, fit_device, fit_shared, unsupported
+from qllm_ops.device import arch_of, broken_interpreter, fit_device, fit_shared, unsupported
 from qllm_ops.quantized import ROW_GROUP, W8A8
 from qllm_ops.tiles import EXIT_US, TileConfig, layer_configs, shared_bytes
 
@@ -155,3 +155,16 @@ def test_arch_of_other_devices(monkeypatch):
     assert arch_of(torch.device("cpu")) == "interpreter"
     monkeypatch.setattr(torch, "version", SimpleNamespace(hip="6.4"))
     assert arch_of(torch.device("cuda")) == "gfx942"
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [
+        ("3.6.0", "2.4.6", False), ("3.6.0", "2.10.1", False), ("3.6.0", "2.3.5", True),
+        ("3.7.1", "2.4.6", True), ("3.10.0+git1", "2.5.0", True),
+    ],
+)  # fmt: skip
+def test_which_interpreters_run(triton, numpy, runs):
+    """Seen with these of Triton up to 3.9.0 and of NumPy up to 2.4.6."""
+    problem = broken_interpreter(triton, numpy)
+    assert problem is None if runs else f"of triton {triton} does not run with numpy {numpy}" in problem

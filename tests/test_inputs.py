@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import qllm_ops
 from qllm_ops import ACTIVATIONS, Activation, testing
@@ -166,6 +167,14 @@ def test_transforms_of_functions_are_refused(transform, argument):
     for call in (qllm_ops.moe, qllm_ops.moe_reference):
         with pytest.raises(RuntimeError, match=r"qllm_ops\.moe cannot be called inside of torch\.func"):
             transform(lambda x: call(**{**given, "hidden_states": x}).sum())(argument)  # noqa: B023
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "gate_up_proj", "top_k_weights"])
+def test_what_has_its_numbers_elsewhere_is_refused(name):
+    given = tensors()
+    wrapped = TwoTensor(given[name], given[name].clone())
+    with pytest.raises(TypeError, match=f"{name} must have its numbers in memory, got a TwoTensor"):
+        qllm_ops.moe(**{**given, name: wrapped})
 
 
 def test_tensors_of_the_meta_device_give_one():

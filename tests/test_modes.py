@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import qllm_ops
 from qllm_ops import MoeRun, QuantizedWeight, moe, moe_reference
@@ -81,6 +82,18 @@ def test_a_gradient_is_refused_and_not_taken_for_zero(name, call):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert not call(**given).requires_grad
+
+
+@pytest.mark.parametrize("call", [moe, MoeRun, moe_reference])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", ["hidden_states", "down_proj", "top_k_weights", "gate_up_bias"])
+def test_a_tangent_is_refused_and_not_dropped(name, mode, call):
+    given = CASE.tensors()
+    with mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(NotImplementedError, match=f"no forward-mode derivative.*got {name} with"):
+            call(**given | {name: dual})
+        assert moe(**given).shape == (40, 16)
 
 
 def test_scales_that_require_a_gradient_count_as_well():

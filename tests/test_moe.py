@@ -305,6 +305,14 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
             call(**CASE.tensors(), backend="triton")
 
 
+def test_an_interpreter_that_does_not_run_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys.modules["qllm_ops.moe"], "_interpreter_problem", lambda: "it is old")
+    for call in (moe, MoeRun):
+        with pytest.raises(ValueError, match=r'backend="triton" cannot run on a CPU here: it is old'):
+            call(**CASE.tensors(), backend="triton")
+
+
 def test_triton_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(sys.modules["qllm_ops.moe"], "_triton_installed", lambda: False)
     with pytest.raises(ValueError, match="package triton, which is not installed"):
@@ -335,6 +343,14 @@ def test_flag_on_another_device():
     for call in (moe, MoeRun):
         with pytest.raises(ValueError, match="flag is on meta, but hidden_states is on cpu"):
             call(**CASE.tensors(), flag=flag)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_tiles", [2**31 - 1, 2**31, 2**63])
+def test_a_quantum_of_more_tiles_than_there_can_be(backend, max_tiles):
+    run = MoeRun(**CASE.tensors(), backend=backend)
+    assert run.step(max_tiles)
+    assert_same_bits(run.output, moe(**CASE.tensors(), backend=backend))
 
 
 @pytest.mark.parametrize("max_tiles", [0, -1, 1.5, True, "all"])

@@ -5,6 +5,7 @@ What a flag, a quantum, a share and a gate do to a run, and to no bit of its out
 
 import os
 import random
+import sys
 import threading
 import time
 from unittest import mock
@@ -251,6 +252,35 @@ def test_a_share_that_grows_is_taken_up_by_the_next_launch(tiles):
         assert run.step(None)
 
 
+def test_who_looks_while_another_thread_steps_sees_no_tile_of_that_step():
+    """A look in the middle, at every place: the output of a step that has not returned is not to be had."""
+    operations = []
+    run = TritonMoe(layer(3), None, 0)
+    with hooked("create_atomic_rmw", lambda *_: operations.append(None)):
+        assert run.step(1000)
+    total = run.tiles_done
+    for place in (0, len(operations) // 2, len(operations) - 1):
+        run, looks = TritonMoe(layer(3), None, 0), iter(range(len(operations)))
+        seen = []
+
+        def look(*_, run=run, looks=looks, place=place, seen=seen):
+            if next(looks) == place:
+                seen.append((run.tiles_total, run.tiles_done))
+
+        with hooked("create_atomic_rmw", look):
+            assert run.step(1000)
+        assert seen == [(total, 0)]
+        assert run.tiles_done == total
+
+
+def test_a_step_in_a_cuda_graph_is_refused_in_a_sentence(monkeypatch):
+    run = TritonMoe(layer(3), None, 0)
+    run.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a step waits.* in a CUDA graph take moe without a flag"):
+        run.step(None)
+
+
 def test_a_phase_that_may_not_begin_gives_out_no_ticket():
     flag = PriorityFlag()
     run = TritonMoe(layer(9), flag, 0)
@@ -308,3 +338,28 @@ def test_a_thread_that_flips_the_flag_at_random_changes_no_bit(seed, gate):
     finally:
         finished.set()
         thread.join()
+
+
+def test_threads_take_turns_in_the_interpreter():
+    """It has one program at a time: of two that ran at once, each would take the other's number."""
+    inputs = [layer(2 + seed, seed=seed) for seed in range(2)]
+    expected = [uninterrupted(each) for each in inputs]
+    outputs, together = {}, threading.Barrier(2)
+
+    def compute(number):
+        together.wait(10)
+        outputs[number] = uninterrupted(inputs[number])
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(2)]
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert sorted(outputs) == [0, 1]
+    for number, output in outputs.items():
+        assert torch.equal(output, expected[number])

@@ -16,13 +16,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from interpreted import TILES, assert_close, finish, flipping, hooked, layer, layers, uninterrupted, width
 
-from qllm_ops import PriorityFlag, moe, warm_up
+from qllm_ops import PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import check_inputs
 from qllm_ops.kernels import tickets
 from qllm_ops.plan import plan_of, signature_of, tiles_for
 from qllm_ops.quantized import QuantizedWeight
-from qllm_ops.testing import CLAMPED, QUANTIZED, own_gate, own_norm, quantize
+from qllm_ops.testing import CLAMPED, QUANTIZED, assert_same_bits, in_float32, own_gate, own_norm, quantize
 from qllm_ops.tiles import TileConfig
 from qllm_ops.triton_moe import TritonMoe
 
@@ -65,6 +65,27 @@ def elements(matrix: torch.Tensor, rows, columns: int | None = None) -> np.ndarr
     columns = np.arange(matrix.shape[1] if columns is None else columns)
     offsets = (np.array(list(rows), dtype=np.int64)[:, None] * matrix.shape[1] + columns).reshape(-1)
     return (offsets * matrix.element_size() + matrix.data_ptr()).astype(np.uint64)
+
+
+@given(layers(fused=True), st.sampled_from(TILES))
+def test_what_lies_around_the_arguments_reaches_no_result(inputs, tiles):
+    moved = {}
+    for name, x in vars(inputs).items():
+        if isinstance(x, torch.Tensor):
+            moved[name] = among_nan(x)
+        elif isinstance(x, QuantizedWeight):
+            rest = x.scales, x.format, x.block, x.columns, x.zeros, x.largest
+            moved[name] = QuantizedWeight.checked(among_nan(x.values), *rest)
+    moved = replace(inputs, **moved)
+    assert_same_bits(uninterrupted(moved, tiles), uninterrupted(inputs, tiles))
+    assert_same_bits(moe(**vars(moved), backend="torch"), moe(**vars(inputs), backend="torch"))
+
+
+def among_nan(x: torch.Tensor) -> torch.Tensor:
+    """A copy between bytes of 255, which are NaN in every dtype. Aligned as tensors of their own are."""
+    around = torch.full((x.nbytes + 192,), 255, dtype=torch.uint8)
+    start = 64 - around.data_ptr() % 64
+    return around[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -217,6 +238,34 @@ def test_nan_weights_reach_only_the_tokens_that_use_them():
     assert 0 < uses.sum() < 8
     assert torch.equal(output[:, 0].isnan(), uses)
     assert not output[:, 1:].isnan().any()
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001])
+def test_every_nan_stays_one_in_bfloat16(bits):
+    """Memory of all ones is such a number; rounded as others are, it would be 0."""
+    inputs = layer(4, dtype=torch.bfloat16, routing="all", biases=True)
+    bias = torch.full((3, 16), bits).to(torch.int32).view(torch.float32)
+    assert uninterrupted(replace(inputs, down_bias=bias)).isnan().all()
+
+
+@pytest.mark.parametrize("quantized", [None, "int4"])
+def test_the_least_numbers_of_bfloat16_are_not_lost(quantized):
+    """Below 2 ** -126, where the mantissa has no leading 1."""
+    inputs = layer(
+        6,
+        32,
+        32,
+        dtype=torch.bfloat16,
+        routing="all",
+        activation="relu",
+        layout="ungated",
+        quantized=quantized,
+    )
+    inputs.hidden_states.mul_(1e-38)
+    expected = moe_reference(**in_float32(vars(inputs)))
+    error = (uninterrupted(inputs).float() - expected).abs().max()
+    assert 1e-39 < expected.abs().max() < 1e-35
+    assert error <= 1e-2 * expected.abs().max() + 2.0**-133
 
 
 def test_inputs_are_not_changed():

@@ -36,6 +36,7 @@ from qllm_ops.kernels.quantized import (
     in_chunks,
     narrow,
     quantized_rows,
+    to_float32,
     weights_first,
     zero_rows,
 )
@@ -218,7 +219,7 @@ def add_products(
             else:
                 b = tl.load(b_ptrs + k * b_stride, mask=inside[:, None], other=0.0)
             if INTERPRETED:
-                a, b = a.to(tl.float32), b.to(tl.float32)
+                a, b = to_float32(a), to_float32(b)
             sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
 
@@ -350,7 +351,7 @@ def first_row(sorted_ptr, num_pairs, experts, BLOCK_E: tl.constexpr):
     high = low + num_pairs
     left = num_pairs
     while left > 0:
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2  # low + high may be more than 32 bits
         searching = low < high
         below = tl.load(sorted_ptr + middle, mask=searching, other=0).to(tl.int64) < experts
         low = tl.where(searching & below, middle + 1, low)
@@ -669,7 +670,7 @@ def combine(
             for part in tl.static_range(SPLIT_K):
                 rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * partial_width
                 term = tl.load(partial_ptr + rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
-                value += term.to(tl.float32)
+                value += to_float32(term)
             sums += weights[:, None] * value
         asked = begin_poll(flag_ptr, HAS_FLAG, THREADS)
         tl.store(

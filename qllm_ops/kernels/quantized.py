@@ -11,8 +11,8 @@ from triton.language.target_info import cuda_capability_geq
 
 from qllm_ops.kernels.by_two import add_by_two, fma_by_two, int4_shift, lift, move_bits, multiply_by_two
 
-# Triton's interpreter multiplies bfloat16 numbers as if they were integers and cuts where it should round; it
-# has no arithmetic of float8.
+# Triton's interpreter multiplies bfloat16 numbers as if they were integers, cuts where it should round, and
+# loses those below 2 ** -126; it has no arithmetic of float8.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -243,9 +243,18 @@ def narrow(x, dtype: tl.constexpr):
     """Round float32 to the nearest number of ``dtype``, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(x == x, rounded, (bits >> 16) | 0x40)  # NaN stays, whatever its lower bits are
+        x = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def to_float32(x):
+    """As ``x.to(tl.float32)``, of the least numbers of bfloat16 under the interpreter, too."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -339,7 +348,7 @@ def add_products_of_weights(
     w = tl.reshape(w, (SIXTEENS, 16, BLOCK_K))
     a = tl.broadcast_to(a[None, :, :], (SIXTEENS, BLOCK_K, M))
     if INTERPRETED:
-        w, a = w.to(tl.float32), a.to(tl.float32)
+        w, a = to_float32(w), to_float32(a)
     if SCALED:
         sums = tl.dot(w, a, sums, input_precision="ieee")
     else:
@@ -392,7 +401,7 @@ def quantize_rows(a):
 
     One reciprocal for each row, for a quotient for each number would take longer than the products do.
     """
-    a = a.to(tl.float32)
+    a = to_float32(a)
     scales = tl.maximum(tl.div_rn(tl.max(tl.abs(a), axis=1), 448.0), 1.1754943508222875e-38)
     values = a * tl.div_rn(1.0, scales)[:, None]
     if INTERPRETED:
