@@ -105,15 +105,16 @@ def plan_of(
 
 
 def _of(device: torch.device, shape: Shape, tokens: Sequence[int], **options: Any) -> list[Job]:
-    """Those of a shape that differ in what is compiled: the tiles, and whether the pairs are counted."""
-    from qllm_ops.triton_moe import COUNTED_PAIRS
+    """Those of a shape that differ in what is compiled: the tiles, and how the pairs are sorted."""
+    from qllm_ops.plan import SORTED_PAIRS
 
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
     found: dict[Any, Job] = {}
     for num_tokens in sorted(tokens):
         job = Job(sizes, **{"dtype": "bfloat16", "num_tokens": num_tokens, **options})
         tiles = None if job.invariant else _tiles(device, job)
-        found.setdefault((str(tiles), num_tokens * shape.top_k <= COUNTED_PAIRS), job)
+        sorted_pairs = next((n for n in SORTED_PAIRS if num_tokens * shape.top_k <= n), 0)
+        found.setdefault((str(tiles), sorted_pairs), job)
     return list(found.values())
 
 

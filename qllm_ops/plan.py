@@ -35,8 +35,14 @@ MOST_COUNTED = 2**31 - 2**16
 or, of tickets, the programs of some launches past the last."""
 
 MOST_EXPERTS = 2**16 - 1
-"""One program counts the pairs of all experts, 16 at a time, in a tensor of at most 2 ** 20 numbers: Triton's
-limit."""
+"""One program has some numbers for each of them in its registers."""
+
+SORTED_PAIRS = (16, 64, 256, 1024, 2048)
+"""Up to so many pairs are sorted by the routing program, by a network for each of these sizes; more by torch,
+whose launches would take longer than that for fewer."""
+
+SORTED_EXPERTS = 2**13 - 1
+"""Most experts of which it sorts pairs: it counts those of each in shared memory."""
 
 
 DEPENDENT_LAUNCHES = False
@@ -211,6 +217,7 @@ class Plan:
         width: columns of the output that are computed at once.
         phases: in the order of their launches.
         pairs: of a token and one of its experts, T * K.
+        sorted_pairs: how many the routing program can sort, at least as many; 0 where torch sorts them.
         partial_dtype: of what each expert gives a token, before the weighted sum.
         slots: for tiles that are given back; 0 if none are.
         state_words: of the run's state.
@@ -224,6 +231,8 @@ class Plan:
         if x.expert_norm:  # It is a norm of the whole sum.
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
         self.pairs = x.num_tokens * x.top_k
+        networks = SORTED_PAIRS if x.num_experts <= SORTED_EXPERTS else ()
+        self.sorted_pairs = next((n for n in networks if self.pairs <= n), 0)
         # As before a fused activation, nothing is rounded before a norm of the experts' outputs. And bfloat16
         # weights that were widened are rounded already: one rounding more would take the error past 4e-3.
         rounded = x.product_format not in (None, W8A8) and x.dtype == torch.bfloat16
@@ -236,11 +245,31 @@ class Plan:
         self._block_e = max(16, next_power_of_2(x.num_experts + 1))
         self._launches: dict[object, Launch] = {}
 
-    def route(self, count: int) -> Launch:
-        """Of the routing. ``count``: 0, or up to how many pairs are sorted by it."""
-        if count not in self._launches:
-            self._launches[count] = self._make_route(count)
-        return self._launches[count]
+    @functools.cached_property
+    def route(self) -> Launch:
+        """Of the routing."""
+        x, tiles = self.signature, self.tiles
+        row_blocks = ceil_div(x.num_tokens, tiles["combine"].block_m)
+        chunks = (self.width, self.phases[-1].size)  # any but the last, and the last
+        down, last_down = (ceil_div(size, tiles["down"].block_n) * tiles["down"].split_k for size in chunks)
+        combine, last_combine = (ceil_div(size, tiles["combine"].block_n) * row_blocks for size in chunks)
+        constants = {
+            "num_pairs": self.pairs,
+            "num_experts": x.num_experts,
+            "num_phases": len(self.phases),
+            "gate_up_blocks": ceil_div(x.gate_up_size, 2 * tiles["gate_up"].block_n),
+            "down_blocks": down,
+            "last_down_blocks": last_down,
+            "combine_tiles": combine,
+            "last_combine_tiles": last_combine,
+            "GATE_UP_M": tiles["gate_up"].block_m,
+            "DOWN_M": tiles["down"].block_m,
+            "BLOCK_E": self._block_e,
+            "SLOTS": self.slots,
+            "COUNT": self.sorted_pairs,
+        }
+        options = {"num_warps": 16 if self.sorted_pairs > 1024 else 8, "enable_fp_fusion": True}
+        return self._make(kernels.route, 1, constants, options)
 
     def launch(self, phase: Phase, poll: bool) -> Launch:
         """Of a phase, that leaves while its class is paused (``poll``) or not."""
@@ -296,30 +325,6 @@ class Plan:
         return next_power_of_2(resident * multiprocessors(self.signature.device))
 
     # -- what kernels are launched with: names are those of `qllm_ops.kernels.moe` -----------------
-
-    def _make_route(self, count: int) -> Launch:
-        x, tiles = self.signature, self.tiles
-        row_blocks = ceil_div(x.num_tokens, tiles["combine"].block_m)
-        chunks = (self.width, self.phases[-1].size)  # any but the last, and the last
-        down, last_down = (ceil_div(size, tiles["down"].block_n) * tiles["down"].split_k for size in chunks)
-        combine, last_combine = (ceil_div(size, tiles["combine"].block_n) * row_blocks for size in chunks)
-        constants = {
-            "num_pairs": self.pairs,
-            "num_experts": x.num_experts,
-            "num_phases": len(self.phases),
-            "gate_up_blocks": ceil_div(x.gate_up_size, 2 * tiles["gate_up"].block_n),
-            "down_blocks": down,
-            "last_down_blocks": last_down,
-            "combine_tiles": combine,
-            "last_combine_tiles": last_combine,
-            "GATE_UP_M": tiles["gate_up"].block_m,
-            "DOWN_M": tiles["down"].block_m,
-            "BLOCK_E": self._block_e,
-            "SLOTS": self.slots,
-            "COUNT": count,
-        }
-        options = {"num_warps": 8, "enable_fp_fusion": True}
-        return self._make(kernels.route, 1, constants, options)
 
     def _make_launch(self, phase: Phase, poll: bool) -> Launch:
         x, config = self.signature, self.tiles[phase.kernel]

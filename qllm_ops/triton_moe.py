@@ -17,7 +17,7 @@ from qllm_ops.activation import Activation
 from qllm_ops.flag import FULL, PriorityFlag
 from qllm_ops.inputs import MoeInputs, Weight
 from qllm_ops.kernels import tickets
-from qllm_ops.plan import Phase, Plan, plan_of
+from qllm_ops.plan import SORTED_PAIRS, Phase, Plan, plan_of
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.tiles import token_counts
 from qllm_ops.torch_moe import checked
@@ -26,11 +26,8 @@ ROUNDS = {"gate_up": 2, "down": 2, "combine": 1}
 """How often a launch of each phase may be left under a stream gate. What is left then is computed by one more
 launch, which nothing stops; where nothing is left, each of them costs a launch that ends at once."""
 
-COUNTED_PAIRS = 512
-"""Most pairs that one program sorts by itself: below that, a sort's own launches take longer."""
-
-SORTS = (1024, 2048, 4096, 8192)
-"""Up to so many pairs torch sorts by a kernel of its own each, and all beyond 4096 by the same."""
+SORTS = (4096, 8192)
+"""Up to so many pairs torch sorts by a kernel of its own each, and all beyond the first by the same."""
 
 
 class TritonMoe:
@@ -91,7 +88,8 @@ class TritonMoe:
         The runs are of tokens that no expert here takes: their output is zero. T must be at least 1.
         """
         counts = token_counts(inputs.top_k, inputs.num_experts)
-        for num_tokens in sorted({*counts, COUNTED_PAIRS // inputs.top_k + 1}):
+        sorts = {max(1, pairs // inputs.top_k) for pairs in SORTED_PAIRS}
+        for num_tokens in sorted({*counts, *sorts, SORTED_PAIRS[-1] // inputs.top_k + 1}):
             nobody = replace(
                 inputs,
                 hidden_states=inputs.hidden_states.new_empty(num_tokens, inputs.hidden_size),
@@ -246,15 +244,14 @@ class TritonMoe:
 
     def _route(self) -> None:
         """Sort the pairs by expert and let the device write the state: nothing here knows the routing."""
-        x, pairs = self.inputs, self.plan.pairs
-        counted = pairs <= COUNTED_PAIRS
-        if counted:
+        x = self.inputs
+        if self.plan.sorted_pairs:
             experts = x.top_k_index
-            self._order = torch.empty(pairs, dtype=torch.int64, device=self.device)
+            self._order = torch.empty(self.plan.pairs, dtype=torch.int64, device=self.device)
         else:
             experts, self._order = torch.sort(x.top_k_index.view(-1), stable=True)
         self._weights_of_sum = torch.ones_like(x.top_k_weights) if x.weights_on_input else x.top_k_weights
-        self.plan.route(COUNTED_PAIRS if counted else 0)((self._order, self._state), (experts,))
+        self.plan.route((self._order, self._state), (experts,))
 
     # -- launching -------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ COMPARE = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greate
            "ne": np.not_equal}  # fmt: skip
 
 
-COLLECTIVE = ("bar.", "mma.", "ldmatrix.", "stmatrix.", "shfl.", "redux.")
+COLLECTIVE = ("bar.", "mma.", "ldmatrix.", "stmatrix.", "shfl.", "redux.", "vote.")
 """What the threads of a warp, or all of a block, do together."""
 
 
@@ -162,7 +162,8 @@ class Threads:
                 self.active = together & (
                     self.registers[guard.lstrip("!")].astype(bool) ^ guard.startswith("!")
                 )
-            if name.startswith(("atom.", "red.")) or ".relaxed." in name or ".volatile." in name:
+            for_all = name.startswith(("atom.", "red.")) or ".relaxed." in name or ".volatile." in name
+            if for_all and ".shared." not in name:
                 yield
             if name == "ret" and self.active.any():
                 assert self.active.all(), "some threads end before others: not implemented"
@@ -194,6 +195,8 @@ class Threads:
             self.change(base, modifiers, operands, active)
         elif base == "shfl":
             self.shuffle(modifiers[1], operands)
+        elif name == "vote.sync.ballot.b32":
+            self.ballot(operands)
         elif base == "redux":
             self.reduce(modifiers[1], kind, operands)
         elif base == "ld" and modifiers[0] == "param":
@@ -239,6 +242,8 @@ class Threads:
             self.write(target, high >> np.array(size - int(sources[2])).astype(TYPES[kind]))
         elif base == "not" and kind == "pred":
             self.write(target, read(0) ^ 1)
+        elif base == "popc":
+            self.write(target, np.bitwise_count(read(0)).astype(np.uint32))
         elif base == "prmt":
             self.write(target, permute_bytes(read(0), read(1), int(sources[2], 0)))
         elif base == "lop3":
@@ -352,18 +357,19 @@ class Threads:
 
     def change(self, base: str, modifiers: list[str], operands: list[str], active) -> None:
         """An atomic operation, one thread after the other."""
-        space, *_, operation, kind = modifiers
-        assert space == "global"
+        *_, operation, kind = modifiers
         place, number = operands[-2:]
-        dtype = np.dtype(TYPES[kind])
-        addresses, numbers = self.addresses(place, False), self.read(number, kind)
+        dtype, shared = np.dtype(TYPES[kind]), "shared" in modifiers
+        memory = Memory([self.shared]) if shared else self.memory
+        addresses, numbers = self.addresses(place, shared), self.read(number, kind)
+        addresses += memory.address(0) if shared else 0
         before = np.zeros(self.count, dtype)
         for thread in np.flatnonzero(active):
             where = addresses[thread : thread + 1]
-            before[thread] = self.memory.load(where, dtype.itemsize).view(dtype)[0, 0]
+            before[thread] = memory.load(where, dtype.itemsize).view(dtype)[0, 0]
             with np.errstate(over="ignore"):
                 after = {"add": before[thread] + numbers[thread], "exch": numbers[thread]}[operation]
-            self.memory.store(where, np.array([[after]], dtype).view(np.uint8))
+            memory.store(where, np.array([[after]], dtype).view(np.uint8))
         if base == "atom":
             self.write(operands[0], before)
 
@@ -433,6 +439,13 @@ class Threads:
         self.write(target, numbers)
         if inside:
             self.write(inside, there.astype(np.uint8))
+
+    def ballot(self, operands: list[str]) -> None:
+        """A bit for each lane of the warp that votes for it."""
+        target, source, members = operands
+        assert int(members, 0) & 2**32 - 1 == 2**32 - 1
+        votes = self.read(source, "pred").astype(np.uint32).reshape(-1, 32) << np.arange(32, dtype=np.uint32)
+        self.write(target, np.repeat(votes.sum(axis=1, dtype=np.uint32), 32))
 
     def reduce(self, operation: str, kind: str, operands: list[str]) -> None:
         """Over the lanes of the warp that a lane's mask names."""

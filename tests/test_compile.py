@@ -17,6 +17,7 @@ import pytest
 import torch
 from other_process import records_of
 
+from qllm_ops.plan import SORTED_PAIRS
 from qllm_ops.quantized import W8A8
 from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, layer_configs, shared_bytes, shipped_configs
 
@@ -64,7 +65,7 @@ def requests(arch: str) -> list[dict]:
                     chosen.append({**largest, "layout": "llama4"})
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
     chosen += float8_requests(arch) if arch == "sm_90" else []
-    routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, 512)]
+    routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, *SORTED_PAIRS)]
     if arch == "sm_90":
         combine = next(request for request in chosen if request["kernel"] == "combine")
         routes += [{**request, "dependent": True} for request in (routes[0], combine)]

@@ -195,7 +195,7 @@ def test_the_first_rows_of_experts_among_many_pairs():
     inputs = layer(1, 16, 16, experts=5, top_k=1)
     plan = Plan(signature_of(inputs)._replace(num_tokens=pairs, top_k=1))
     state = torch.empty(plan.state_words, dtype=torch.int32)
-    plan.route(0)((torch.empty(1, dtype=torch.int64), state), (experts,))
+    plan.route((torch.empty(1, dtype=torch.int64), state), (experts,))
     offsets = state[tickets.OFFSETS.value :][:6]
     assert (offsets - pairs).tolist() == [-pairs, -7, -4, -2, -2, -1]
 

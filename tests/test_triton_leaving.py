@@ -24,6 +24,7 @@ from interpreted import (
     at_shared_words,
     finish,
     flipping,
+    hooked,
     layer,
     layers,
     uninterrupted,
@@ -32,7 +33,7 @@ from interpreted import (
 
 from qllm_ops import FULL, PriorityFlag, moe
 from qllm_ops.kernels import tickets
-from qllm_ops.plan import plan_of
+from qllm_ops.plan import SORTED_PAIRS, plan_of
 from qllm_ops.triton_moe import ROUNDS, TritonMoe
 
 pytestmark = [
@@ -50,15 +51,14 @@ pytestmark = [
     st.booleans(),
     st.booleans(),
 )
-def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks, counted):
+def test_preemption_changes_no_bit(inputs, tiles, gaps, quanta, share, in_chunks, sorts):
     expected = uninterrupted(inputs, tiles)
     assert_close(inputs, expected)
     flag = PriorityFlag()
     flag.share(0, share)
-    with mock.patch("qllm_ops.triton_moe.COUNTED_PAIRS", 512 if counted else 0):
-        run = TritonMoe(
-            inputs, flag, 0, plan=plan_of(inputs, tiles, width(inputs, tiles) if in_chunks else None)
-        )
+    with mock.patch("qllm_ops.plan.SORTED_PAIRS", SORTED_PAIRS if sorts else ()):
+        plan = plan_of(inputs, tiles, width(inputs, tiles) if in_chunks else None)
+    run = TritonMoe(inputs, flag, 0, plan=plan)
     done = 0
     with flipping(flag, gaps):
         for quantum in finish(run, flag, quanta):

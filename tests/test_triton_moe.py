@@ -20,10 +20,10 @@ from qllm_ops import PriorityFlag, moe, moe_reference, warm_up
 from qllm_ops.activation import ACTIVATIONS, Activation
 from qllm_ops.inputs import check_inputs
 from qllm_ops.kernels import tickets
-from qllm_ops.plan import plan_of, signature_of, tiles_for
+from qllm_ops.plan import SORTED_PAIRS, plan_of, signature_of, tiles_for
 from qllm_ops.quantized import QuantizedWeight
 from qllm_ops.testing import CLAMPED, QUANTIZED, assert_same_bits, in_float32, own_gate, own_norm, quantize
-from qllm_ops.tiles import TileConfig
+from qllm_ops.tiles import INTERPRETER, TileConfig
 from qllm_ops.triton_moe import TritonMoe
 
 pytestmark = [
@@ -193,18 +193,20 @@ def test_more_row_blocks_than_a_group_holds():
 
 @given(
     st.integers(1, 40), st.sampled_from((torch.int64, torch.int32, torch.uint8)), st.integers(1, 8),
-    st.lists(st.integers(-(2**40), 2**40) | st.integers(-2, 9), min_size=1, max_size=600),
+    st.lists(st.integers(-(2**40), 2**40) | st.integers(-2, 9), min_size=1, max_size=300),
 )  # fmt: skip
-def test_counting_sorts_as_torch_does(experts, dtype, top_k, values):
+def test_the_routing_program_sorts_as_torch_does(experts, dtype, top_k, values):
     info = torch.iinfo(dtype)
     values = [min(max(value, info.min), info.max) for value in values]
     tokens = -(-len(values) // top_k)
     inputs = layer(tokens, 1, 1, experts, top_k)
     index = torch.tensor(values).repeat(tokens * top_k)[: tokens * top_k].view(tokens, top_k).to(dtype)
     runs = []
-    for counted in (0, 1024):
-        with mock.patch("qllm_ops.triton_moe.COUNTED_PAIRS", counted):
-            runs.append(TritonMoe(replace(inputs, top_k_index=index), None, 0))
+    for sizes in ((), SORTED_PAIRS):
+        with mock.patch("qllm_ops.plan.SORTED_PAIRS", sizes):
+            plan = plan_of(inputs, INTERPRETER)
+        assert bool(plan.sorted_pairs) == bool(sizes)
+        runs.append(TritonMoe(replace(inputs, top_k_index=index), None, 0, plan=plan))
     assert torch.equal(runs[0]._state, runs[1]._state)
     first, end = runs[0]._state[tickets.OFFSETS.value :][[0, experts]].tolist()
     assert torch.equal(runs[0]._order[first:end], runs[1]._order[first:end])
@@ -380,7 +382,7 @@ def test_warm_up_launches_every_kernel_with_a_flag_and_without(monkeypatch, paus
 
 
 def test_warm_up_loads_every_kernel_that_torch_sorts_by(monkeypatch):
-    """One for up to 1024, 2048 and 4096 numbers each, and some for more; up to 512 are not sorted by it."""
+    """One for up to 4096 numbers, and some for more; up to 2048 are not sorted by it."""
     sizes, sort = [], torch.sort
 
     def note(x, **options):
@@ -393,7 +395,7 @@ def test_warm_up_loads_every_kernel_that_torch_sorts_by(monkeypatch):
     def kernel(pairs):
         return min(pairs - 1, 4096).bit_length()
 
-    assert {kernel(pairs) for pairs in range(513, 20000)} <= {kernel(pairs) for pairs in sizes}
+    assert {kernel(pairs) for pairs in range(SORTED_PAIRS[-1] + 1, 20000)} <= set(map(kernel, sizes))
 
 
 def test_the_first_product_waits_for_an_activation_on_another_stream(monkeypatch):

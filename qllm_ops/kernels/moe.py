@@ -259,9 +259,9 @@ def below(x, LIMIT: tl.constexpr):
     do_not_specialize_on_alignment=["experts_ptr"],
 )
 def route(
-    order_ptr,  # (P,) int64; written if COUNT
+    order_ptr,  # (P,) int64; written unless COUNT is 0
     state_ptr,
-    experts_ptr,  # (P,) expert of every pair, or of every sorted row if not COUNT
+    experts_ptr,  # (P,) expert of every pair, or of every sorted row if COUNT is 0
     num_pairs,
     num_experts,
     num_phases,
@@ -274,7 +274,7 @@ def route(
     DOWN_M: tl.constexpr,
     BLOCK_E: tl.constexpr,  # power of two, at least E + 1
     SLOTS: tl.constexpr,
-    COUNT: tl.constexpr,  # 0, or a power of two and at least P: sort them here
+    COUNT: tl.constexpr,  # a power of two, at least P: they are sorted here; 0: they are sorted
     DEPENDENT: tl.constexpr,
 ):
     """Write the state of a run that has not begun. One program, of no class: it never waits for a flag."""
@@ -282,7 +282,7 @@ def route(
     experts = tl.arange(0, BLOCK_E)
     known = experts < num_experts
     if COUNT > 0:
-        begin, rows = sort_by_counting(experts_ptr, order_ptr, num_pairs, num_experts, COUNT, BLOCK_E)
+        begin, rows = sort_pairs(experts_ptr, order_ptr, num_pairs, num_experts, COUNT, BLOCK_E)
     else:
         # Every expert finds its rows by binary search: faster for one program than a pass over them.
         begin = first_row(experts_ptr, num_pairs, experts, BLOCK_E)
@@ -311,28 +311,18 @@ def route(
 
 
 @triton.jit
-def sort_by_counting(
-    index_ptr, order_ptr, num_pairs, num_experts, COUNT: tl.constexpr, BLOCK_E: tl.constexpr
-):
+def sort_pairs(index_ptr, order_ptr, num_pairs, num_experts, COUNT: tl.constexpr, BLOCK_E: tl.constexpr):
     """Write the order of the pairs; the first row of every expert, and how many it has.
 
-    A pair's place is the number of pairs that go before it. All against all, which for some hundred pairs
-    takes a program less time than the launches of a sort.
+    A bitonic network sorts keys that hold the pair beside its expert, so that pairs of one keep their order.
     """
-    STEP: tl.constexpr = 16
-    pairs, experts = tl.arange(0, COUNT), tl.arange(0, BLOCK_E)
-    mine = expert_of(index_ptr, pairs, num_pairs, num_experts)
-    place = tl.zeros((COUNT,), dtype=tl.int32)
-    begin = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    rows = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for start in tl.range(0, num_pairs, STEP):
-        others = start + tl.arange(0, STEP)
-        theirs = expert_of(index_ptr, others, num_pairs, num_experts)[None, :]
-        first = (theirs == mine[:, None]) & (others[None, :] < pairs[:, None])
-        place += tl.sum(((theirs < mine[:, None]) | first).to(tl.int32), axis=1)
-        begin += tl.sum((theirs < experts[:, None]).to(tl.int32), axis=1)
-        rows += tl.sum((theirs == experts[:, None]).to(tl.int32), axis=1)
-    tl.store(order_ptr + place, pairs.to(tl.int64), mask=pairs < num_pairs)
+    pairs = tl.arange(0, COUNT)
+    expert = expert_of(index_ptr, pairs, num_pairs, num_experts)
+    order = tl.sort((expert + 1) * COUNT + pairs) % COUNT
+    tl.store(order_ptr + pairs, order.to(tl.int64), mask=pairs < num_pairs)
+    known = (expert >= 0) & (expert < num_experts)
+    rows = tl.histogram(tl.where(known, expert, 0), BLOCK_E, mask=known)
+    begin = tl.sum((expert < 0).to(tl.int32), axis=0) + tl.cumsum(rows, axis=0) - rows
     return begin, rows
 
 
