@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import operator
 import queue
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import SupportsIndex
 
 from qllm_ops.arguments import is_integer, is_number
@@ -172,15 +175,48 @@ class Request:
         return self.tokens[-1:]
 
 
+async def _asleep(
+    wakers: list[Callable[[], object]], until: Callable[[], bool], timeout_s: float | None = None
+) -> None:
+    """Wait in the running event loop, without a thread, until ``until()``, of which a call of all ``wakers``
+    tells, or for ``timeout_s`` seconds."""
+    loop, woken = asyncio.get_running_loop(), asyncio.Event()
+    waker = partial(loop.call_soon_threadsafe, woken.set)
+    timer = None if timeout_s is None else loop.call_later(timeout_s, woken.set)
+    wakers.append(waker)  # before looking: what comes in between wakes, too
+    try:
+        if not until():
+            await woken.wait()
+    finally:
+        wakers.remove(waker)
+        if timer is not None:
+            timer.cancel()
+
+
+def _wake(wakers: list[Callable[[], object]]) -> None:
+    """Does not raise and waits for nothing: a lane calls it, or a finalizer that cancels, in any thread."""
+    for waker in tuple(wakers):
+        with contextlib.suppress(Exception):  # a loop that is closed, whose tasks nobody can wake
+            waker()
+
+
 class Handle:
-    """The caller's end of a request: read its tokens as they come, wait for it, cancel it."""
+    """The caller's end of a request: read its tokens as they come, wait for it, cancel it.
+
+    :meth:`stream` and :meth:`result` wait in their thread; :meth:`astream` and :meth:`aresult` are the same
+    for asyncio, in any event loop of any thread. A caller that gives up (leaves its loop over the tokens, is
+    cancelled, closes its event loop) does not end the request: :meth:`cancel` does.
+    """
 
     def __init__(self, request: Request, cancel: Callable[[Request], None]):
         self.request = request
         self._cancel = cancel
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._ended = threading.Event()
-        request.on_token = self._tokens.put
+        # What wakes event loops: those that wait for a token, and those that wait for the end.
+        self._readers: list[Callable[[], object]] = []
+        self._waiters: list[Callable[[], object]] = []
+        request.on_token = self._put
         request.on_end = self._end
 
     @property
@@ -194,16 +230,25 @@ class Handle:
     def stream(self) -> Iterator[int]:
         """Yield each token when it is made; raises as :meth:`result` does when the request ends badly.
 
-        Meant for one consumer, once: each token goes to one reader only. The request goes on when nobody
-        reads it any more; :meth:`cancel` ends it.
-
-        Waits in its thread, as :meth:`result` does. asyncio has few threads by default, and an urgent request
-        would wait there for patient ones: give it as many as there are open requests
-        (``loop.set_default_executor(ThreadPoolExecutor(1000))``), and read each by ``asyncio.to_thread``.
+        Meant for one consumer, once: each token goes to one reader only, of this and of :meth:`astream`.
         """
         while (token := self._tokens.get()) is not None:
             yield token
-        self._tokens.put(None)  # whoever reads again finds the end, not silence
+        self._put(None)  # whoever reads again finds the end, not silence
+        self._raise()
+
+    async def astream(self) -> AsyncIterator[int]:
+        """:meth:`stream` for asyncio: ``async for token in handle.astream()``."""
+        while True:
+            try:
+                token = self._tokens.get_nowait()
+            except queue.Empty:
+                await _asleep(self._readers, lambda: not self._tokens.empty())
+                continue
+            if token is None:
+                break
+            yield token
+        self._put(None)
         self._raise()
 
     def result(self, timeout_s: float | None = None) -> list[int]:
@@ -214,18 +259,32 @@ class Handle:
             RequestError: it failed.
             RequestCancelled: it was cancelled.
         """
-        if not self._ended.wait(bounded(timeout_s)):
-            raise TimeoutError(f"request {self.id!r} has not ended after {timeout_s} s")
-        self._raise()
-        return list(self.request.tokens)
+        self._ended.wait(bounded(timeout_s))
+        return self._outcome(timeout_s)
+
+    async def aresult(self, timeout_s: float | None = None) -> list[int]:
+        """:meth:`result` for asyncio: ``tokens = await handle.aresult()``."""
+        await _asleep(self._waiters, self._ended.is_set, bounded(timeout_s))
+        return self._outcome(timeout_s)
 
     def cancel(self) -> None:
-        """Ask for the request to end; an iteration that it is part of is not cut short."""
+        """Ask for the request to end; an iteration that it is part of is not cut short. Returns at once."""
         self._cancel(self.request)
+
+    def _put(self, token: int | None) -> None:
+        self._tokens.put(token)
+        _wake(self._readers)
 
     def _end(self) -> None:
         self._ended.set()
-        self._tokens.put(None)
+        self._put(None)
+        _wake(self._waiters)
+
+    def _outcome(self, timeout_s: float | None) -> list[int]:
+        if not self.done:
+            raise TimeoutError(f"request {self.id!r} has not ended after {timeout_s} s")
+        self._raise()
+        return list(self.request.tokens)
 
     def _raise(self) -> None:
         if self.request.state is State.FAILED:

@@ -655,7 +655,7 @@ def test_a_hung_foreground_lane_does_not_stop_best_effort_work(model):
 def test_a_lane_that_dies_leaves_nobody_waiting(model, lane, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     with Engine(model, limits=LIMITS) as engine:
-        complete = engine.scheduler.complete
+        complete, run, submitted = engine.scheduler.complete, engine.runner.run, threading.Event()
 
         def die(batch, outcomes):
             if batch.lane == lane:
@@ -663,7 +663,10 @@ def test_a_lane_that_dies_leaves_nobody_waiting(model, lane, monkeypatch):
             return complete(batch, outcomes)
 
         engine.scheduler.complete = die
+        # Not before all are submitted: a closed engine takes none.
+        engine.runner.run = lambda *args: submitted.wait(WAIT_S) and run(*args)
         handles = [engine.submit(prompt(600), priority=p, max_new_tokens=4) for p in (BE, LS, BE, LS)]
+        submitted.set()
         for handle in handles:
             if lane == BACKGROUND and handle.request.priority == LS:
                 continue  # may have been done before

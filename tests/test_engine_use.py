@@ -1,5 +1,6 @@
 """What users do with an engine: what it refuses, when it is made, asked or left, and what it bears."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -110,7 +111,7 @@ def test_requests_without_an_id_take_none_that_a_user_may_give(model):
 def test_what_is_no_time_to_wait_is_refused(model, timeout_s):
     with Engine(model, limits=LIMITS) as engine:
         handle = engine.submit(prompt(5), max_new_tokens=1)
-        for wait in (handle.result, engine.drain):
+        for wait in (handle.result, engine.drain, lambda t: asyncio.run(handle.aresult(t))):
             with pytest.raises(ValueError, match="timeout_s must be a number of seconds or None, got"):
                 wait(timeout_s)
 
@@ -133,6 +134,56 @@ def test_infinity_is_a_timeout_too(model):
         handle = engine.submit(prompt(1500), max_new_tokens=30)
         assert engine.drain(float("inf"))
         assert handle.done
+
+
+def test_tasks_of_one_event_loop_get_what_threads_get(model):
+    async def read(handle):
+        return [token async for token in handle.astream()]
+
+    async def main(engine):
+        handles = [engine.submit(prompt(10 + i), priority=i % 2, max_new_tokens=5) for i in range(20)]
+        reads = [read(handle) for handle in handles] + [handle.aresult() for handle in handles]
+        return await asyncio.wait_for(asyncio.gather(*reads), WAIT_S)
+
+    with Engine(model, limits=LIMITS) as engine:
+        tokens = asyncio.run(main(engine), debug=True)
+    assert tokens == [generated(model, prompt(10 + i), 5) for i in range(20)] * 2
+
+
+def test_an_engine_that_is_closed_tells_the_tasks_that_wait(model):
+    """Closed in their own event loop, even, which stands still until it is."""
+
+    async def main(engine):
+        engine.flag.pause(BE, "test")
+        handle = engine.submit(prompt(800), max_new_tokens=300)
+        tasks = [asyncio.ensure_future(read) for read in (anext(handle.astream()), handle.aresult())]
+        await asyncio.sleep(0)
+        engine.close()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), WAIT_S)
+
+    for error in asyncio.run(main(Engine(model, limits=LIMITS)), debug=True):
+        assert isinstance(error, RequestError)
+        assert "the engine was closed" in str(error)
+
+
+def test_an_event_loop_that_was_closed_harms_no_lane(model):
+    async def begin(engine):
+        handle = engine.submit(prompt(9), max_new_tokens=9)
+        reads = anext(handle.astream()), handle.aresult()
+        for read in reads:
+            read.send(None)  # by hand: a task that is left in a closed loop complains
+        return handle, reads
+
+    with Engine(model, limits=LIMITS) as engine:
+        engine.flag.pause(BE, "test")
+        loop = asyncio.new_event_loop()
+        handle, reads = loop.run_until_complete(begin(engine))
+        loop.close()
+        engine.flag.resume(BE, "test")
+        assert handle.result(WAIT_S) == generated(model, prompt(9), 9)
+        assert len(engine.submit(prompt(9)).result(WAIT_S)) == 16
+        for read in reads:
+            read.close()
 
 
 # -- an engine -----------------------------------------------------------------------------------------

@@ -76,14 +76,14 @@ def test_the_snippets_of_the_readme_run(tmp_path):
         "prompt_ids": prompt(10),
         "long_prompt_ids": prompt(1000),
     }
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     made = []
     for snippet in SNIPPETS:
         for written, meant in STANDS_FOR.items():
             snippet = snippet.replace(written, meant.format(folder=folder))
         exec(compile(snippet, f"README.md: {snippet[:40]}", "exec"), there)
         made.append(dict(there))
-    operator, installed, loaded, served = made
+    operator, installed, loaded, served, asynchronous = made
     assert operator["run"].done
     assert torch.equal(operator["y"], operator["run"].output)
     assert operator["flag"].read() == (qllm_ops.FULL, qllm_ops.FULL)
@@ -91,6 +91,8 @@ def test_the_snippets_of_the_readme_run(tmp_path):
     assert loaded["model"] is not installed["model"]
     assert len(served["tokens"]) == 200
     assert len(served["urgent"].result()) == 50
+    assert len(asynchronous["tokens"]) == 200
+    assert asynchronous["tokens"] is not served["tokens"]
 
 
 def test_the_commands_of_the_readme_run(tmp_path):
