@@ -39,7 +39,7 @@ def products(
         zero_ptrs = zero_rows(zero_ptr, scale_ptrs, tl.program_id(0), n, N, zero_columns)
     sums, _ = multiply(
         a_ptr, m, columns, value_ptrs, 1, n < N, scale_ptrs, zero_ptrs, 0, columns,
-        a_ptr, FORMAT, GROUP_K, True, False, EVEN, M, N, BLOCK_K, STAGES, 0, False,
+        a_ptr, FORMAT, GROUP_K, True, False, EVEN, M, N, BLOCK_K, STAGES, 0, False, 0,
     )  # fmt: skip
     tl.store(output_ptr + m[:, None] * N + n[None, :], sums)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from other_process import records_of
 
-from qllm_ops.plan import SORTED_PAIRS
+from qllm_ops.plan import SORTED_PAIRS, route_warps
 from qllm_ops.quantized import W8A8
 from qllm_ops.tiles import MAX_PARTS, PHASES, TileConfig, layer_configs, shared_bytes, shipped_configs
 
@@ -65,7 +65,11 @@ def requests(arch: str) -> list[dict]:
                     chosen.append({**largest, "layout": "llama4"})
                     chosen.append({**largest, "activation": "relu2", "layout": "ungated"})
     chosen += float8_requests(arch) if arch == "sm_90" else []
-    routes = [{**chosen[0], "kernel": "route", "count": count} for count in (0, *SORTED_PAIRS)]
+    routes = [
+        {**chosen[0], "kernel": "route", "count": count}
+        | {"config": {**chosen[0]["config"], "num_warps": route_warps(count), "programs_per_sm": 1}}
+        for count in (0, *SORTED_PAIRS)
+    ]
     if arch == "sm_90":
         combine = next(request for request in chosen if request["kernel"] == "combine")
         routes += [{**request, "dependent": True} for request in (routes[0], combine)]
@@ -186,6 +190,14 @@ def test_no_register_is_spilled(compiled, arch):
         assert record["stack"] == 0, name(record)
         assert record["local"] == 0, name(record)
         assert record["registers"] <= 255, name(record)
+
+
+def test_the_routing_program_sorts_by_a_network(compiled):
+    """Which has no loop: one over the pairs, each against all, took ten times as long for 256 of them."""
+    records = select(compiled("sm_90"), ("route",))
+    assert {record["count"] for record in records} == {0, *SORTED_PAIRS}
+    for record in records:
+        assert bool(loops(Path(record["ptx"]).read_text())) == (record["count"] == 0), name(record)
 
 
 @pytest.mark.parametrize(
