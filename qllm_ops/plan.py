@@ -359,7 +359,9 @@ class Plan:
                 **self._weights("down", x.hidden_size, x.intermediate_size),
             }
         else:
-            constants |= {"num_tokens": x.num_tokens, "TOP_K": x.top_k, **chunk}
+            # Where down leaves a sum in parts, those of one expert are loaded side by side.
+            stages = config.num_stages if chunk["SPLIT_K"] == 1 else min(config.num_stages, 3)
+            constants |= {"num_tokens": x.num_tokens, "TOP_K": x.top_k, "STAGES": stages, **chunk}
         options = compile_options(config, x.dtype, arch_of(x.device))
         return self._make(getattr(kernels, phase.kernel), self.programs(phase), constants, options)
 

@@ -48,7 +48,8 @@ class TileConfig:
         block_n: columns of a tile. In gate_up a column is a gate row and an up row of the weights.
         block_k: columns that one turn of the inner loop multiplies.
         num_warps: warps of a program.
-        num_stages: turns of the inner loop whose loads are under way at once.
+        num_stages: turns of the inner loop whose loads are under way at once; in the combine, a token's
+            experts are the turns.
         programs_per_sm: programs of a launch per multiprocessor; they are all resident.
         split_k: tiles that share one output block, each with its own part of the inner dimension.
             The combine adds the parts up in order. Only in down.
@@ -231,7 +232,7 @@ def tile_config(
     table = tuned_table(device_name if weights is None else None, arch)
     tuned = table.get(TileKey(phase, most_rows, n, k, dtype_name(dtype))) if table else None
     if phase == "combine":
-        return tuned or _combine(n, dtype)
+        return tuned or _combine(n, dtype, arch)
     config = tuned or _fastest(phase, block_m, k, dtype, arch, weights)
     return within_exit(phase, config, k, dtype, arch, read_once, max_exit_us, weights)
 
@@ -250,10 +251,12 @@ def row_class(num_tokens: int, top_k: int, num_experts: int) -> tuple[float, int
     return next(entry for entry in ROW_CLASSES if rows <= entry[0])
 
 
-def _combine(n: int, dtype: torch.dtype) -> TileConfig:
-    # One token, 16 bytes a thread. Eight programs hide the latency of memory.
-    block_n = min(1024 if dtype.itemsize == 2 else 512, 1 << (n - 1).bit_length())
-    return TileConfig(1, max(block_n, 128), 1, 4, 1, 8)
+def _combine(n: int, dtype: torch.dtype, arch: str) -> TileConfig:
+    # One token, 16 bytes a thread. Three of its pairs under way in each of six programs are 36 KB, as much as
+    # covers the latency of memory.
+    block_n = max(128, min(1024 if dtype.itemsize == 2 else 512, 1 << (n - 1).bit_length()))
+    stages, programs = (1, 8) if arch == "gfx942" else (4, 6)
+    return TileConfig(1, block_n, 1, 4, stages, programs)
 
 
 def _fastest(

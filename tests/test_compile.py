@@ -50,7 +50,7 @@ def requests(arch: str) -> list[dict]:
             configs = [config for name, config in shipped_configs(arch, DTYPES[dtype]) if name == phase]
             configs.sort(key=lambda config: (config.block_m * config.block_n, config.split_k))
             if phase == "combine":
-                configs.append(replace(configs[0], split_k=MAX_PARTS))  # of what down has left in parts
+                configs.append(replace(configs[0], split_k=MAX_PARTS, num_stages=3))  # of down's parts
             if not THOROUGH and (arch, dtype) != ("sm_90", "bf16"):
                 configs = configs[-1:] if dtype == "fp16" else [configs[0], configs[-1]]
             base = {"kernel": phase, "arch": arch, "dtype": dtype}
@@ -302,6 +302,17 @@ def test_the_inner_loop_loads_ahead_while_it_multiplies(compiled, arch):
         assert waits, name(record)
         # Of two stages, the other's copies begin when this one's are in registers.
         assert max(waits) > 0 or record["config"]["num_stages"] == 2, name(record)
+
+
+@nvidia
+def test_the_combine_loads_the_next_experts_ahead(compiled, arch):
+    if arch in ("sm_89", "sm_90_h100"):
+        pytest.skip("no combine of its own")
+    for record in select(compiled(arch), ("combine",)):
+        ptx = Path(record["ptx"]).read_text()
+        assert "cp.async.cg" in ptx, name(record)
+        waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
+        assert max(waits) > 0, name(record)
 
 
 def shorter_copies(record: dict) -> set[int]:

@@ -29,6 +29,7 @@ import timing  # noqa: E402
 from context import Context  # noqa: E402
 
 from qllm_ops import MoeRun, PriorityFlag, moe  # noqa: E402
+from qllm_ops.plan import SORTED_PAIRS  # noqa: E402
 
 CPU = torch.device("cpu")
 INTERPRETED = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -475,8 +476,9 @@ def test_what_sections_launch_is_compiled_ahead(monkeypatch, quick):
     monkeypatch.setattr(compile_ahead, "arch_of", lambda device: "sm_90")
 
     def compiled(job):
-        counted = job.num_tokens * job.sizes[3] <= 512
-        return (job.sizes, job.dtype, job.format, job.rounded, str(compile_ahead._tiles(CPU, job)), counted)
+        pairs = job.num_tokens * job.sizes[3]
+        sorts = next((n for n in SORTED_PAIRS if pairs <= n), 0)
+        return (job.sizes, job.dtype, job.format, job.rounded, str(compile_ahead._tiles(CPU, job)), sorts)
 
     jobs = compile_ahead.plan(CPU, quick)
     ahead = {compiled(job) for job in jobs}
@@ -499,7 +501,7 @@ def test_what_sections_launch_is_compiled_ahead(monkeypatch, quick):
         for rounded in (False, True) if format == "fp8" and num_tokens <= 32 else (False,):
             job = compile_ahead.Job(sizes, dtype, num_tokens, format, rounded=rounded)
             assert compiled(job) in ahead, job
-    assert len(jobs) < 80
+    assert len(jobs) < 120  # some of which differ in the routing program only
 
 
 # -- what a case that failed, and one that is slow, leave behind -------------------------------------------

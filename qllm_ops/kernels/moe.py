@@ -638,6 +638,7 @@ def combine(
     BLOCK_N: tl.constexpr,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     n_blocks = tl.cdiv(chunk_size, BLOCK_N)
     wait_for_previous(DEPENDENT)
@@ -650,18 +651,18 @@ def combine(
         columns = ticket % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (tokens < num_tokens)[:, None] & (columns < chunk_size)[None, :]
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # The loads of two k are under way at once, or of all parts of one; of more, registers run out.
-        for k in tl.range(0, TOP_K, loop_unroll_factor=2 if SPLIT_K == 1 else 1):
+        for k in tl.range(0, TOP_K, num_stages=STAGES):
             pairs = tokens * TOP_K + k
             experts = tl.load(index_ptr + pairs, mask=tokens < num_tokens, other=-1).to(tl.int64)
-            here = (experts >= 0) & (experts < num_experts)
-            weights = tl.load(weights_ptr + pairs, mask=here, other=0.0).to(tl.float32)
+            weights = tl.load(weights_ptr + pairs, mask=tokens < num_tokens, other=0.0).to(tl.float32)
             value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for part in tl.static_range(SPLIT_K):
                 rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * partial_width
-                term = tl.load(partial_ptr + rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
+                term = tl.load(partial_ptr + rows + columns[None, :], mask=inside, other=0.0)
                 value += to_float32(term)
-            sums += weights[:, None] * value
+            # Of a pair that is skipped nothing was written: what is there is loaded, and left out.
+            here = (experts >= 0) & (experts < num_experts)
+            sums += tl.where(here, weights, 0.0)[:, None] * tl.where(here[:, None], value, 0.0)
         asked = begin_poll(flag_ptr, HAS_FLAG, THREADS)
         tl.store(
             output_ptr + tokens[:, None] * hidden_size + (chunk_begin + columns)[None, :],
