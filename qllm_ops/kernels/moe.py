@@ -655,14 +655,14 @@ def combine(
             pairs = tokens * TOP_K + k
             experts = tl.load(index_ptr + pairs, mask=tokens < num_tokens, other=-1).to(tl.int64)
             weights = tl.load(weights_ptr + pairs, mask=tokens < num_tokens, other=0.0).to(tl.float32)
+            here = (experts >= 0) & (experts < num_experts)
             value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for part in tl.static_range(SPLIT_K):
                 rows = (part * num_tokens.to(tl.int64) * TOP_K + pairs)[:, None] * partial_width
                 term = tl.load(partial_ptr + rows + columns[None, :], mask=inside, other=0.0)
-                value += to_float32(term)
-            # Of a pair that is skipped nothing was written: what is there is loaded, and left out.
-            here = (experts >= 0) & (experts < num_experts)
-            sums += tl.where(here, weights, 0.0)[:, None] * tl.where(here[:, None], value, 0.0)
+                # Nothing was written for a pair that is skipped: what is there is loaded, and left out.
+                value += to_float32(tl.where(here[:, None], term, 0.0))
+            sums += tl.where(here, weights, 0.0)[:, None] * value
         asked = begin_poll(flag_ptr, HAS_FLAG, THREADS)
         tl.store(
             output_ptr + tokens[:, None] * hidden_size + (chunk_begin + columns)[None, :],
