@@ -232,6 +232,8 @@ class Plan:
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
         self.pairs = x.num_tokens * x.top_k
         networks = SORTED_PAIRS if x.num_experts <= SORTED_EXPERTS else ()
+        if arch_of(x.device) == "interpreter":  # of whose operations a larger one has hundreds
+            networks = networks[:1]
         self.sorted_pairs = next((n for n in networks if self.pairs <= n), 0)
         # As before a fused activation, nothing is rounded before a norm of the experts' outputs. And bfloat16
         # weights that were widened are rounded already: one rounding more would take the error past 4e-3.
