@@ -106,15 +106,15 @@ def plan_of(
 
 def _of(device: torch.device, shape: Shape, tokens: Sequence[int], **options: Any) -> list[Job]:
     """Those of a shape that differ in what is compiled: the tiles, and how the pairs are sorted."""
-    from qllm_ops.plan import SORTED_PAIRS
+    from qllm_ops.plan import sorted_pairs
 
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
     found: dict[Any, Job] = {}
     for num_tokens in sorted(tokens):
         job = Job(sizes, **{"dtype": "bfloat16", "num_tokens": num_tokens, **options})
         tiles = None if job.invariant else _tiles(device, job)
-        sorted_pairs = next((n for n in SORTED_PAIRS if num_tokens * shape.top_k <= n), 0)
-        found.setdefault((str(tiles), sorted_pairs), job)
+        network = sorted_pairs(num_tokens * shape.top_k, shape.num_experts, arch_of(device))
+        found.setdefault((str(tiles), network), job)
     return list(found.values())
 
 

@@ -231,10 +231,7 @@ class Plan:
         if x.expert_norm:  # It is a norm of the whole sum.
             self.tiles = {**self.tiles, "down": replace(self.tiles["down"], split_k=1)}
         self.pairs = x.num_tokens * x.top_k
-        networks = SORTED_PAIRS if x.num_experts <= SORTED_EXPERTS else ()
-        if arch_of(x.device) == "interpreter":  # of whose operations a larger one has hundreds
-            networks = networks[:1]
-        self.sorted_pairs = next((n for n in networks if self.pairs <= n), 0)
+        self.sorted_pairs = sorted_pairs(self.pairs, x.num_experts, arch_of(x.device))
         # As before a fused activation, nothing is rounded before a norm of the experts' outputs. And bfloat16
         # weights that were widened are rounded already: one rounding more would take the error past 4e-3.
         rounded = x.product_format not in (None, W8A8) and x.dtype == torch.bfloat16
@@ -474,9 +471,17 @@ def cut_into_phases(hidden_size: int, intermediate_size: int, width: int) -> tup
     return tuple(phases)
 
 
-def route_warps(sorted_pairs: int) -> int:
+def sorted_pairs(pairs: int, num_experts: int, arch: str) -> int:
+    """Of the network that sorts them in the routing program; 0: torch does."""
+    networks = SORTED_PAIRS if num_experts <= SORTED_EXPERTS else ()
+    if arch == "interpreter":  # of whose operations a larger one has hundreds
+        networks = networks[:1]
+    return next((n for n in networks if pairs <= n), 0)
+
+
+def route_warps(network: int) -> int:
     """Of the routing program: with two numbers a thread, or four, the compiler sorts in registers mostly."""
-    return 16 if sorted_pairs > 1024 else 8
+    return 16 if network > 1024 else 8
 
 
 def warp_size(arch: str) -> int:
